@@ -1,0 +1,221 @@
+"""Simulate a skipping rule on the unedited eager model: dropped pairs get weight zero, the work stays.
+
+A pre-hook on the whole model notes the modality of the call's tokens; a pre-hook on each experts module asks
+the rule which pairs to drop, zeroes their weights and counts them. This is what calibration, search and
+the comparison policies measure with; the compiled model must give the same numbers and do less.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modes_fx.blocks import Block, find_blocks, unwrap
+from modes_fx.errors import ModesError, ProfileError
+from modes_fx.modality import VISION, token_modality
+from modes_fx.profile import Profile, fingerprint
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one call, flattened row by row.
+
+    Attributes:
+        modality: `[T]` uint8.
+        real: `[T]` bool, False at padding.
+    """
+
+    modality: Tensor
+    real: Tensor
+
+
+# (index of the block, routing weights [T, K] in float32, tokens) -> dropped [T, K] bool
+Rule = Callable[[int, Tensor, Tokens], Tensor]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Pairs seen and dropped, `[blocks, 3]` int64 each (text, vision, other); padding is not counted."""
+
+    pairs: Tensor
+    dropped: Tensor
+
+    @classmethod
+    def zero(cls, num_blocks: int, device: torch.device | str = "cpu") -> "Counts":
+        return cls(*(torch.zeros(num_blocks, 3, dtype=torch.int64, device=device) for _ in range(2)))
+
+    def skip(self, modality: int | None = None) -> float:
+        """Dropped / all pairs, of one modality or of all three; 0.0 where there are no pairs."""
+        columns = slice(None) if modality is None else modality
+        pairs = int(self.pairs[:, columns].sum())
+        return int(self.dropped[:, columns].sum()) / pairs if pairs else 0.0
+
+    def skip_per_block(self, modality: int | None = None) -> list[float]:
+        """`skip` of each block alone."""
+        rows = zip(self.pairs.split(1), self.dropped.split(1), strict=True)
+        return [Counts(pairs, dropped).skip(modality) for pairs, dropped in rows]
+
+
+def keep_all(block: int, weights: Tensor, tokens: Tokens) -> Tensor:
+    """The rule that drops nothing."""
+    return torch.zeros_like(weights, dtype=torch.bool)
+
+
+def drop_block(block: int, modality: int | None) -> Rule:
+    """Drop every pair of one block, for tokens of one modality or (None) of text and vision both."""
+
+    def rule(index: int, weights: Tensor, tokens: Tokens) -> Tensor:
+        chosen = tokens.modality <= VISION if modality is None else tokens.modality == modality
+        return (chosen & (index == block))[:, None].expand_as(weights)
+
+    return rule
+
+
+def block_alphas(profile: Profile, blocks: Sequence[Block]) -> list[tuple[float, float]]:
+    """(alpha_text, alpha_vision) of each block, found by its router weight.
+
+    Raises:
+        ProfileError: A block is not in the profile.
+    """
+    layers = [profile.layer_for(fingerprint(block.router_weight)) for block in blocks]
+    for block, layer in zip(blocks, layers, strict=True):
+        if layer is None:
+            raise ProfileError(
+                f"The profile was made for another model: {block.name} is not in it. "
+                "Calibrate this model, or pass the profile made for it."
+            )
+    return [(layer.alpha_text, layer.alpha_vision) for layer in layers if layer is not None]
+
+
+def thresholds(alphas: Sequence[tuple[float, float]], tau_text: float, tau_vision: float) -> Rule:
+    """The paper's rule (Eq. 3 and 5): drop where `alpha[modality] * weight < tau[modality]`, in float32.
+
+    Args:
+        alphas: (alpha_text, alpha_vision) of each block, in layer order.
+        tau_text, tau_vision: The two thresholds; `inf` drops every pair of the modality.
+    """
+    # Tokens of modality "other" meet a threshold that nothing is below.
+    tau = torch.tensor([tau_text, tau_vision, -torch.inf], dtype=torch.float32)
+    alpha = torch.tensor([[text, vision, 1.0] for text, vision in alphas], dtype=torch.float32)
+
+    def rule(index: int, weights: Tensor, tokens: Tokens) -> Tensor:
+        modality = tokens.modality.long()
+        scores = alpha[index].to(weights.device)[modality][:, None] * weights
+        return scores < tau.to(weights.device)[modality][:, None]
+
+    return rule
+
+
+@contextmanager
+def skip(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    rule: Rule,
+    visual_token_ids: Sequence[int],
+    special_token_ids: Sequence[int],
+    *,
+    renormalise: bool = False,
+) -> Iterator[Counts]:
+    """While open, every call of `model` runs with the pairs that `rule` names at weight zero.
+
+    Args:
+        model: The eager model, outermost module; its calls must carry `input_ids`.
+        blocks: `find_blocks(model)`.
+        rule: Asked once per block and call, see `Rule`.
+        visual_token_ids, special_token_ids: See `token_modality`.
+        renormalise: Rescale the kept weights of a token to the sum that all had. The paper does not.
+    Yields:
+        Counts, filled as calls happen.
+    """
+    model = unwrap(model)
+    counts = Counts.zero(len(blocks), blocks[0].router_weight.device)
+    signature = inspect.signature(model.forward)
+    current: list[Tokens] = []
+
+    def note_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = signature.bind_partial(*args, **kwargs).arguments
+        call = {**call, **call.get("kwargs", {})}
+        current[:] = [call_tokens(call, visual_token_ids, special_token_ids)]
+
+    def zero_dropped(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        place = _weights_of(args, kwargs)
+        weights: Tensor = args[place] if isinstance(place, int) else kwargs[place]
+        tokens = current[0]
+        if len(tokens.modality) != len(weights):
+            raise ModesError(
+                f"{blocks[index].name} routes {len(weights)} tokens, but the call has "
+                f"{len(tokens.modality)}; models that reorder or drop tokens are not supported."
+            )
+        tokens = Tokens(tokens.modality.to(weights.device), tokens.real.to(weights.device))
+        dropped = rule(index, weights.float(), tokens)
+        _count(counts, index, dropped, tokens)
+        kept = weights.masked_fill(dropped, 0)
+        if renormalise:
+            mass = kept.sum(-1, keepdim=True)
+            kept = torch.where(mass > 0, kept * (weights.sum(-1, keepdim=True) / mass), kept)
+        if isinstance(place, int):
+            return (*args[:place], kept, *args[place + 1 :]), kwargs
+        return args, {**kwargs, place: kept}
+
+    def experts_hook(index: int) -> Callable[..., tuple[Any, dict[str, Any]]]:
+        return lambda module, args, kwargs: zero_dropped(index, args, kwargs)
+
+    handles = [model.register_forward_pre_hook(note_tokens, with_kwargs=True)]
+    for i, block in enumerate(blocks):
+        handles.append(block.experts.register_forward_pre_hook(experts_hook(i), with_kwargs=True))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def simulate(model: nn.Module, profile: Profile) -> Iterator[Counts]:
+    """While open, `model` (eager) answers as the compiled model does with this profile; yields the counts."""
+    blocks = find_blocks(model)
+    rule = thresholds(block_alphas(profile, blocks), profile.tau_text, profile.tau_vision)
+    with skip(model, blocks, rule, profile.visual_token_ids, profile.special_token_ids) as counts:
+        yield counts
+
+
+def call_tokens(
+    call: Mapping[str, Any], visual_token_ids: Sequence[int], special_token_ids: Sequence[int]
+) -> Tokens:
+    """The tokens of a call of the model, from its `input_ids [B, S]` and `attention_mask [B, >=S]`."""
+    input_ids = call.get("input_ids")
+    if input_ids is None:
+        raise ModesError(
+            "The modality of the tokens cannot be known without input_ids; pass input_ids, not inputs_embeds."
+        )
+    real = torch.ones_like(input_ids, dtype=torch.bool)
+    mask = call.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        # With a cache the mask covers the past too; the call's own tokens come last.
+        real = mask[:, -input_ids.shape[1] :].bool().to(input_ids.device)
+    modality = token_modality(input_ids, visual_token_ids, special_token_ids)
+    return Tokens(modality.flatten(), real.flatten())
+
+
+def _weights_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
+    """Where the routing weights are among an experts module's arguments: they are the floating tensor that
+    has the shape of the integer one. Families name and order their arguments differently."""
+    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    tensors = {place: value for place, value in places if isinstance(value, Tensor)}
+    for indices in tensors.values():
+        if not indices.is_floating_point():
+            for place, weights in tensors.items():
+                if weights.is_floating_point() and weights.shape == indices.shape:
+                    return place
+    raise ModesError("An experts module was called without top-k indices and weights; it is not supported.")
+
+
+def _count(counts: Counts, index: int, dropped: Tensor, tokens: Tokens) -> None:
+    modality, real = tokens.modality.long(), tokens.real.long()
+    device = counts.pairs.device
+    counts.pairs[index].index_add_(0, modality.to(device), (real * dropped.shape[1]).to(device))
+    counts.dropped[index].index_add_(0, modality.to(device), (real * dropped.sum(-1)).to(device))
