@@ -166,7 +166,6 @@ def _check_top_k(blocks: Sequence[Block], counts: Counts, tokens: Tokens) -> Non
 
 
 def _profile(
-    model: nn.Module,
     state: _State,
     model: nn.Module,
     blocks: Sequence[Block],

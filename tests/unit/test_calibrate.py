@@ -1,5 +1,6 @@
 """Calibration: alpha by hand, skipping by hooks, resuming, and every refusal."""
 
+import importlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -9,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import modes_fx.calibrate
 from modes_fx.blocks import find_blocks
 from modes_fx.calibrate import calibrate, token_ids
 from modes_fx.errors import ModesError, ProfileError
@@ -249,7 +249,8 @@ def test_a_killed_run_resumes_and_gives_the_same_bytes(tmp_path, model, batches,
 def test_a_run_killed_within_a_batch_resumes_at_that_batch(tmp_path, model, batches, calibrated, monkeypatch):
     resume = tmp_path / "resume.json"
     calls = 0
-    kl_sum = modes_fx.calibrate.kl_sum
+    module = importlib.import_module("modes_fx.calibrate")
+    kl_sum = module.kl_sum
 
     def dies(*args: Any) -> float:
         nonlocal calls
@@ -258,7 +259,7 @@ def test_a_run_killed_within_a_batch_resumes_at_that_batch(tmp_path, model, batc
             raise KeyboardInterrupt
         return kl_sum(*args)
 
-    monkeypatch.setattr(modes_fx.calibrate, "kl_sum", dies)
+    monkeypatch.setattr(module, "kl_sum", dies)
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, batches, special_token_ids=SPECIAL, progress=False, resume=resume)
     assert len(json.loads(resume.read_text())["batches"]) == 1
