@@ -1,0 +1,166 @@
+"""The training loop of the demo model: schedules over steps, checkpoints, validation."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from demo_model import VisionGrid, new_model, vision_features, watch_routers
+from demo_optim import Optimizer
+from demo_rows import PERCEPTION, RELATIONS, RowMaker, Rows, cut_patches
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from modes_fx.demo.pictures import pack
+from modes_fx.demo.samples import Sample, draw_sample
+from modes_fx.demo.text import IMAGE, MERGE, PATCH, SPECIAL
+from modes_fx.demo.words import TASKS, vocabulary
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything the trained weights depend on, besides the library versions; recorded in metrics.json.
+
+    The `*_from` are fractions of the run: relational questions are asked more from the first, the penalty on
+    peaked routers starts at the second, the learning rate falls from the third.
+    """
+
+    steps: int = 4800
+    world: int = 2
+    seed: int = 0
+    scenes: int = 14  # rows with a scene, per process and step
+    easy: int = 3  # rows with an easy-VQA picture
+    length: int = 112  # tokens a row
+    peak_rate: float = 3e-3
+    warmup: int = 100
+    relations_from: float = 0.35
+    flat_from: float = 0.62
+    decay_from: float = 0.50
+    balance: float = 0.01  # weight of the load-balance loss
+    flat: float = 1.0  # weight of the penalty on peaked routers
+    hinge: float = 0.20  # sum of squared routing weights that costs nothing; 1/8 would be quite flat
+
+    def rate(self, step: int) -> float:
+        """Learning rate: warm-up, constant, then linear to 2%."""
+        done = step / self.steps
+        fall = 1.0 if done < self.decay_from else 0.02 + 0.98 * (1 - done) / (1 - self.decay_from)
+        return self.peak_rate * min(1.0, (step + 1) / self.warmup) * fall
+
+
+class Trainer:
+    """One process's model, optimizer and data; `seconds` counts training time over all resumed runs."""
+
+    def __init__(self, recipe: Recipe, rank: int) -> None:
+        self.recipe, self.rank = recipe, rank
+        words = [*SPECIAL, *vocabulary((*pack().questions, *pack().answers))]
+        self.words = {word: index for index, word in enumerate(words)}
+        torch.manual_seed(recipe.seed)
+        self.model = new_model(len(words))
+        self.routing = watch_routers(self.model)
+        self.optimizer = Optimizer(self.model.named_parameters())
+        self.grids = VisionGrid(self.model, 96), VisionGrid(self.model, 64)
+        self.step, self.seconds = 0, 0.0
+        # A dense answer that lists all nine cells teaches perception fastest; later it is asked less.
+        self.makers = (
+            RowMaker(self.words, recipe.length, 1.0, PERCEPTION),
+            RowMaker(self.words, recipe.length, 0.3, RELATIONS),
+        )
+
+    def logits(self, rows: Rows) -> Tensor:
+        """Logits of the packed rows at the positions that have a label, `[labels, V]`."""
+        self.routing.layers.clear()
+        parts = [
+            vision_features(self.model, pixels, grid)
+            for pixels, grid in zip((rows.scenes, rows.easy), self.grids, strict=True)
+            if len(pixels)
+        ]
+        features, deep = (torch.cat(part) for part in zip(*parts, strict=True))
+        visual = rows.ids == IMAGE
+        embeds = self.model.get_input_embeddings()(rows.ids).masked_scatter(visual.unsqueeze(-1), features)
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=rows.mask,
+            position_ids=rows.positions,
+            visual_pos_masks=visual,
+            deepstack_visual_embeds=[deep],
+            use_cache=False,
+        ).last_hidden_state
+        return self.model.lm_head(hidden[rows.labels >= 0])
+
+    def train_step(self) -> dict[str, float]:
+        """One update; returns the figures to log."""
+        recipe, began = self.recipe, time.time()
+        done = self.step / recipe.steps
+        maker = self.makers[done >= recipe.relations_from]
+        rows = maker.batch(self.step, self.rank, recipe.world, recipe.scenes, recipe.easy)
+        logits = self.logits(rows)
+        gold = rows.labels[rows.labels >= 0]
+        loss = F.cross_entropy(logits, gold)
+        real = (rows.segment >= 0).flatten()
+        balance = self.routing.balance_loss(real)
+        peaks = self.routing.peak_loss(real, recipe.hinge)
+        flat = recipe.flat if done >= recipe.flat_from else 0.0
+        (loss + recipe.balance * balance + flat * peaks).backward()
+        norm = self.optimizer.step(self.step, recipe.rate(self.step))
+        self.step += 1
+        self.seconds += time.time() - began
+        right = (logits.argmax(-1) == gold).float().mean()
+        figures = {"ce": loss, "acc": right, "balance": balance, "peaks": peaks}
+        return {name: float(figure.detach()) for name, figure in figures.items()} | {"norm": norm}
+
+    @torch.no_grad()
+    def evaluate(self, split: str, count: int) -> dict[str, float]:
+        """Exact match per task on the first `count` samples of each, shared among the processes."""
+        right = torch.zeros(len(TASKS))
+        for number, task in enumerate(TASKS):
+            indices = range(self.rank, count, self.recipe.world)
+            for start in range(0, len(indices), 32):
+                samples = [draw_sample(split, task, index) for index in indices[start : start + 32]]
+                right[number] += self._count_right(samples)
+        if dist.is_initialized():
+            dist.all_reduce(right)
+        scores = dict(zip(TASKS, (right / count).tolist(), strict=True))
+        return scores | {"mean": float(right.mean() / count)}
+
+    def _count_right(self, samples: list[Sample]) -> int:
+        """How many of these samples, all of one picture size, are answered exactly."""
+        maker = RowMaker(self.words, 64, 0.0, PERCEPTION)
+        blocks = samples[0].picture.shape[0] // (PATCH * MERGE)
+        parts = [maker.row([(sample.question, sample.answer)], blocks) for sample in samples]
+        ids, labels, segment, positions = (torch.from_numpy(np.stack(p)) for p in zip(*parts, strict=True))
+        pixels = cut_patches(np.stack([sample.picture for sample in samples]))
+        scenes, easy = (pixels[:0], pixels) if blocks == 4 else (pixels, pixels[:0])
+        rows = Rows(ids, labels, segment, positions.transpose(0, 1), scenes, easy)
+        told = labels >= 0
+        owner = torch.arange(len(samples)).unsqueeze(1).expand_as(labels)[told]
+        wrong = torch.zeros(len(samples)).index_add_(
+            0, owner, (self.logits(rows).argmax(-1) != labels[told]).float()
+        )
+        return int((wrong == 0).sum())
+
+    def save(self, path: Path) -> None:
+        """Everything a resumed run needs, in one safetensors file, replaced at once."""
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        tensors |= {f"optimizer.{name}": t for name, t in self.optimizer.state.items()}
+        metadata = {"step": str(self.step), "seconds": f"{self.seconds:.0f}"}
+        save_file(tensors, path.with_suffix(".tmp"), metadata=metadata)
+        os.replace(path.with_suffix(".tmp"), path)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        """Go on from `save`."""
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        self.step, self.seconds = int(metadata["step"]), float(metadata.get("seconds", 0))
+        tensors = load_file(path)
+        for name, p in self.model.named_parameters():
+            p.copy_(tensors[f"model.{name}"])
+        for name, t in self.optimizer.state.items():
+            t.copy_(tensors[f"optimizer.{name}"])
