@@ -119,23 +119,29 @@ class Meter:
             return answer_logits(self.model, batch)
 
 
-class ScoreRecorder:
-    """A rule for `Meter(observe=...)` that keeps `alpha * weight` of every pair, of text and of vision."""
+class WeightRecorder:
+    """A rule for `Meter(observe=...)` that keeps the routing weight of every pair, of text and of vision."""
 
-    def __init__(self, alphas: Sequence[tuple[float, float]]) -> None:
-        self._alphas = alphas
-        self._scores: tuple[list[Tensor], list[Tensor]] = ([], [])
+    def __init__(self) -> None:
+        self._weights: dict[tuple[int, int], list[Tensor]] = {}
 
     def __call__(self, block: int, weights: Tensor, tokens: Tokens) -> Tensor:
         for modality in (TEXT, VISION):
-            chosen = weights[(tokens.modality == modality) & tokens.real]
-            alpha = torch.tensor(self._alphas[block][modality], dtype=torch.float32, device=weights.device)
-            self._scores[modality].append((alpha * chosen).flatten().cpu())
+            chosen = weights[(tokens.modality == modality) & tokens.real].flatten().cpu()
+            self._weights.setdefault((block, modality), []).append(chosen)
         return keep_all(block, weights, tokens)
 
-    def sorted_scores(self, modality: int) -> Tensor:
-        """All scores of the modality in ascending order, `[pairs]` float32."""
-        return torch.cat(self._scores[modality]).sort().values
+    def scores(self, modality: int, alphas: Sequence[float]) -> Tensor:
+        """alpha * weight of every pair of the modality, all blocks, ascending, `[pairs]` float32.
+
+        Args:
+            alphas: One per block, in layer order.
+        """
+        scaled = [
+            torch.tensor(alpha, dtype=torch.float32) * torch.cat(self._weights[block, modality])
+            for block, alpha in enumerate(alphas)
+        ]
+        return torch.cat(scaled).sort().values
 
 
 def check_batches(batches: Iterable[Batch]) -> Iterable[Batch]:

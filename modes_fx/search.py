@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from modes_fx.blocks import find_blocks
 from modes_fx.errors import SearchError
-from modes_fx.measure import Batch, Measured, Meter, ScoreRecorder
+from modes_fx.measure import Batch, Measured, Meter, WeightRecorder
 from modes_fx.modality import OTHER, TEXT, VISION
 from modes_fx.profile import Profile
 from modes_fx.progress import Bar, progress_bar
@@ -47,6 +47,7 @@ def search(
     target_skip: float,
     tolerance: float = 0.01,
     grid: int = 100,
+    exponents: Sequence[float] = (1.0,),
     progress: bool = True,
 ) -> Profile:
     """Set the thresholds of a calibrated profile so that it skips `target_skip` of all pairs.
@@ -59,6 +60,8 @@ def search(
             dropped and do count.
         tolerance: How far the measured skip rate may lie from the target; at or above it where possible.
         grid: Text thresholds are placed at multiples of 1/grid of the text pairs.
+        exponents: Powers of alpha to try; the one of least KL wins and the profile's alphas become that
+            power, normalised. 1 is the paper's alpha; 0 is two thresholds on the routing weights alone.
         progress: Show a bar.
     Returns:
         The profile with its thresholds, target and what was measured at them on `batches`.
@@ -67,9 +70,13 @@ def search(
         ModesError: As for `calibrate`; `ProfileError` when the profile is of another model.
     """
     with progress_bar("search", None, enabled=progress) as bar:
-        thresholds_of = ThresholdSearch(model, batches, profile, bar=bar)
-        best = thresholds_of.find(target_skip, tolerance=tolerance, grid=grid)
-    return apply(profile, best, target_skip)
+        plain = ThresholdSearch(model, batches, profile, bar=bar)
+        tries = [plain if power == 1 else plain.tempered(power) for power in exponents]
+        found = [(each.find(target_skip, tolerance=tolerance, grid=grid), each.profile) for each in tries]
+    if not found:
+        raise SearchError("exponents is empty; pass at least one, 1.0 for the paper's alpha.")
+    best, best_profile = min(found, key=lambda entry: entry[0].kl)
+    return apply(best_profile, best, target_skip)
 
 
 def frontier(
@@ -133,6 +140,7 @@ class ThresholdSearch:
     """Finds thresholds for one model, batches and profile; targets share what has been measured.
 
     Attributes:
+        profile: The profile whose alphas are used.
         points: Everything measured so far, in order.
         meter: What measures it, for comparing other policies on the same batches.
     """
@@ -140,17 +148,28 @@ class ThresholdSearch:
     def __init__(
         self, model: nn.Module, batches: Iterable[Batch], profile: Profile, *, bar: Bar | None = None
     ) -> None:
-        self._bar = bar or Bar()
-        self._alphas = block_alphas(profile, find_blocks(model))
-        recorder = ScoreRecorder(self._alphas)
+        block_alphas(profile, find_blocks(model))  # A foreign profile is refused before anything runs.
+        recorder = WeightRecorder()
         ids = (profile.visual_token_ids, profile.special_token_ids)
-        self.meter = Meter(model, batches, *ids, observe=recorder, bar=self._bar)
-        self._scores = (recorder.sorted_scores(TEXT), recorder.sorted_scores(VISION))
-        self._pairs = int(self.meter.counts.pairs.sum())
-        self._other = int(self.meter.counts.pairs[:, OTHER].sum())
+        meter = Meter(model, batches, *ids, observe=recorder, bar=bar)
+        self._start(meter, recorder, profile, bar or Bar())
+
+    def _start(self, meter: Meter, recorder: WeightRecorder, profile: Profile, bar: Bar) -> None:
+        self.meter, self._recorder, self.profile, self._bar = meter, recorder, profile, bar
+        self._alphas = block_alphas(profile, meter.blocks)
+        text, vision = zip(*self._alphas, strict=True)
+        self._scores = (recorder.scores(TEXT, text), recorder.scores(VISION, vision))
+        self._pairs = int(meter.counts.pairs.sum())
+        self._other = int(meter.counts.pairs[:, OTHER].sum())
         self._found: dict[tuple[float, float], Point] = {}
         # How much more than predicted was skipped, lately, in pairs: the first guess for the next candidate.
         self._drift = 0.0
+
+    def tempered(self, exponent: float) -> "ThresholdSearch":
+        """The same search with alpha**exponent; what the original model answered is not computed again."""
+        other = object.__new__(ThresholdSearch)
+        other._start(self.meter, self._recorder, self.profile.tempered(exponent), self._bar)
+        return other
 
     @property
     def points(self) -> list[Point]:

@@ -162,6 +162,21 @@ def test_the_frontier_gives_one_point_per_target_in_order(model, batches, calibr
     assert [p.skip for p in points] == pytest.approx([0.3, 0.6], abs=0.01)
 
 
+def test_of_several_exponents_the_one_of_least_kl_wins(model, batches, calibrated):
+    def at(*exponents: float) -> Profile:
+        return search(
+            model, batches, calibrated, target_skip=0.6, grid=8, exponents=exponents, progress=False
+        )
+
+    alone = [at(1.0), at(0.5), at(0.0)]
+    assert at(1.0, 0.5, 0.0) == min(alone, key=lambda found: found.kl or 0.0)
+    assert [found.method for found in alone] == ["modality", "modality^0.5", "modality^0"]
+    assert [layer.alpha_text for layer in alone[2].layers] == pytest.approx([1 / 3] * 3)
+    assert oracle(model, batches, alone[1])[1] == pytest.approx(alone[1].kl, rel=1e-3)
+    with pytest.raises(SearchError, match="exponents is empty"):
+        at()
+
+
 def test_the_progress_bar_shows_skip_and_kl(model, batches, calibrated, monkeypatch, capsys):
     notes: list[str] = []
     monkeypatch.setattr("modes_fx.progress.Bar.note", lambda self, text: notes.append(text))
