@@ -12,6 +12,7 @@ set, and nothing protects the first choice: a token that loses all its pairs get
 Imports torch alone, so that a compiler process which only traces never loads Triton.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 TEXT, VISION, OTHER = 0, 1, 2  # the values of `modality`; repeated in modes_fx.modality, equality is tested
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -221,7 +222,7 @@ def _cuda(
     weights: Tensor,
     experts: Tensor,
     modality: Tensor | None,
-    *expert_weights: Tensor | None,
+    *expert_weights: Any,
     layer: str = "",
     **constants: Any,
 ) -> Tensor:
