@@ -24,7 +24,7 @@ PERCEPTION = dict(
 )  # fmt: skip
 RELATIONS = dict(
     object=0.5, category=0.6, color=0.8, tone=0.9, flag=0.6, digit=1.2, read=2.2, sum=2.2,
-    count=2.2, exist=1.8, spatial=2.0, row=0.6,
+    count=2.2, exist=1.8, spatial=2.4, row=0.6,
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,33 +25,60 @@ from modes_fx.demo.words import TASKS, vocabulary
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A stretch of the run: what a batch holds, per process and step, and which penalties count."""
+
+    steps: int
+    scenes: int  # rows with a scene
+    easy: int  # rows with an easy-VQA picture
+    length: int  # tokens a row
+    list_share: float  # share of scenes whose nine cells are all listed in one dense answer
+    weights: dict[str, float]  # of the tasks among a scene's questions
+    flat: float = 0.0  # weight of the penalty on peaked routers
+
+
+# Listing all cells teaches perception fast, with big batches; relations then need many small steps.
+PHASES = (
+    Phase(997, 14, 3, 112, 1.0, PERCEPTION),
+    Phase(1303, 9, 2, 128, 0.3, RELATIONS),
+    Phase(1300, 9, 2, 128, 0.3, RELATIONS, flat=1.0),
+)
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """Everything the trained weights depend on, besides the library versions; recorded in metrics.json.
+    """Everything the trained weights depend on, besides the library versions; recorded in metrics.json."""
 
-    The `*_from` are fractions of the run: relational questions are asked more from the first, the penalty on
-    peaked routers starts at the second, the learning rate falls from the third.
-    """
-
-    steps: int = 4800
+    phases: tuple[Phase, ...] = PHASES
     world: int = 2
     seed: int = 0
-    scenes: int = 14  # rows with a scene, per process and step
-    easy: int = 3  # rows with an easy-VQA picture
-    length: int = 112  # tokens a row
     peak_rate: float = 3e-3
     warmup: int = 100
-    relations_from: float = 0.35
-    flat_from: float = 0.62
-    decay_from: float = 0.50
+    decay: int = 1700  # the last steps, over which the learning rate falls to 2%
     balance: float = 0.01  # weight of the load-balance loss
-    flat: float = 1.0  # weight of the penalty on peaked routers
     hinge: float = 0.20  # sum of squared routing weights that costs nothing; 1/8 would be quite flat
+
+    @property
+    def steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+    def phase(self, step: int) -> Phase:
+        """The phase that `step` belongs to."""
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase
+            step -= phase.steps
+        raise IndexError(step)
 
     def rate(self, step: int) -> float:
         """Learning rate: warm-up, constant, then linear to 2%."""
-        done = step / self.steps
-        fall = 1.0 if done < self.decay_from else 0.02 + 0.98 * (1 - done) / (1 - self.decay_from)
-        return self.peak_rate * min(1.0, (step + 1) / self.warmup) * fall
+        left = (self.steps - step) / self.decay
+        return self.peak_rate * min(1.0, (step + 1) / self.warmup) * (0.02 + 0.98 * min(1.0, left))
+
+    def scaled(self, scale: float) -> Recipe:
+        """The same recipe with `scale` times the steps."""
+        phases = tuple(replace(phase, steps=max(1, round(phase.steps * scale))) for phase in self.phases)
+        return replace(self, phases=phases, decay=max(1, round(self.decay * scale)))
 
 
 class Trainer:
@@ -67,11 +94,6 @@ class Trainer:
         self.optimizer = Optimizer(self.model.named_parameters())
         self.grids = VisionGrid(self.model, 96), VisionGrid(self.model, 64)
         self.step, self.seconds = 0, 0.0
-        # A dense answer that lists all nine cells teaches perception fastest; later it is asked less.
-        self.makers = (
-            RowMaker(self.words, recipe.length, 1.0, PERCEPTION),
-            RowMaker(self.words, recipe.length, 0.3, RELATIONS),
-        )
 
     def logits(self, rows: Rows) -> Tensor:
         """Logits of the packed rows at the positions that have a label, `[labels, V]`."""
@@ -97,17 +119,16 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One update; returns the figures to log."""
         recipe, began = self.recipe, time.time()
-        done = self.step / recipe.steps
-        maker = self.makers[done >= recipe.relations_from]
-        rows = maker.batch(self.step, self.rank, recipe.world, recipe.scenes, recipe.easy)
+        phase = recipe.phase(self.step)
+        maker = RowMaker(self.words, phase.length, phase.list_share, phase.weights)
+        rows = maker.batch(self.step, self.rank, recipe.world, phase.scenes, phase.easy)
         logits = self.logits(rows)
         gold = rows.labels[rows.labels >= 0]
         loss = F.cross_entropy(logits, gold)
         real = (rows.segment >= 0).flatten()
         balance = self.routing.balance_loss(real)
         peaks = self.routing.peak_loss(real, recipe.hinge)
-        flat = recipe.flat if done >= recipe.flat_from else 0.0
-        (loss + recipe.balance * balance + flat * peaks).backward()
+        (loss + recipe.balance * balance + phase.flat * peaks).backward()
         norm = self.optimizer.step(self.step, recipe.rate(self.step))
         self.step += 1
         self.seconds += time.time() - began

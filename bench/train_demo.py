@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ASSETS, help="where the trained model goes")
     parser.add_argument("--raw", type=Path, help="folder that already holds the four packages")
     parser.add_argument("--rebuild-pack", action="store_true", help="build the picture pack again")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--scale", type=float, default=1.0, help="times the steps of every phase")
     parser.add_argument("--world", type=int, default=Recipe.world, help="processes, one thread each")
     parser.add_argument("--seed", type=int, default=Recipe.seed, help="of the initial weights")
     parser.add_argument("--log-every", type=int, default=25)
@@ -102,7 +102,7 @@ def main() -> None:
         fetch(raw)
         build_pack(raw, ASSETS)
     (args.work / "rendezvous").unlink(missing_ok=True)
-    recipe = Recipe(steps=args.steps, world=args.world, seed=args.seed)
+    recipe = Recipe(world=args.world, seed=args.seed).scaled(args.scale)
     if recipe.world > 1:
         mp.spawn(train, (args, recipe), nprocs=recipe.world)
     else:
