@@ -12,6 +12,9 @@ Letters: T tokens, K slots, P = T * K pairs (pair p is slot p % K of token p // 
 I intermediate size, C chunks of tokens. A position is an index into `order`, R of them are filled.
 """
 
+# An annotation of a kernel's parameter means something to Triton; shapes and dtypes stand in comments instead.
+# mypy: disable-error-code="no-untyped-def"
+
 from typing import Any, NamedTuple
 
 import torch

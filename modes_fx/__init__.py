@@ -1,1 +1,14 @@
 """Skip the experts that do not matter: MoDES for mixture-of-experts multimodal LLMs, as a compiler pass."""
+
+from modes_fx import demo as demo
+from modes_fx.backend import Backend as Backend
+from modes_fx.backend import backend as backend
+from modes_fx.calibrate import calibrate as calibrate
+from modes_fx.errors import ModesError as ModesError
+from modes_fx.errors import ProfileError as ProfileError
+from modes_fx.errors import RewriteError as RewriteError
+from modes_fx.errors import SearchError as SearchError
+from modes_fx.explain import explain as explain
+from modes_fx.profile import Layer as Layer
+from modes_fx.profile import Profile as Profile
+from modes_fx.search import search as search

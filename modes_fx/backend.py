@@ -1,0 +1,189 @@
+"""`modes_fx.backend(profile)`: a torch.compile backend that skips experts.
+
+capture (Dynamo) -> functional aten (AOTAutograd) -> passes -> Inductor's decompositions -> Inductor
+
+Graphs without experts and without token ids go straight to Inductor. A graph with experts is rewritten for the
+layers that its router weights belong to, and guarded on those very weights, since Dynamo would otherwise run one
+graph for several layers, with the first one's constants.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from modes_fx.errors import ProfileError, RewriteError
+from modes_fx.lowering import Compiled, compile_graph
+from modes_fx.passes import PIPELINE, run_passes
+from modes_fx.passes.unit import UNKNOWN, Unit, is_token_embedding
+from modes_fx.profile import Profile
+from modes_fx.runtime import EmbeddingTable, RewrittenGraph, Run, find_embedding_table
+
+log = logging.getLogger(__name__)
+
+Lowering = Literal["inductor", "eager"]
+
+# Compiled whole, a model still runs one frame per layer once Dynamo has broken it, and each layer is compiled for
+# prefill, for another length, and for decode; torch's limit of 8 then runs the rest eagerly, without a word.
+_COMPILES_PER_LAYER = 16
+
+
+def backend(
+    profile: Profile | str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    lowering: Lowering = "inductor",
+    disable: Collection[str] = (),
+) -> "Backend":
+    """A backend for `torch.compile(model, backend=...)` that skips the experts that the profile drops.
+
+    For `generate()` compile in place, `model.compile(backend=...)`: the object that `torch.compile(model)` returns
+    hands `generate` to the original, uncompiled model. The model runs for inference; no gradients are computed.
+
+    Args:
+        profile: A `Profile`, or the path of one.
+        strict: Raise `RewriteError` when a layer of the profile cannot be rewritten, or was not run rewritten;
+            False warns instead and leaves that layer as it was.
+        lowering: "inductor", or "eager" to run the rewritten graphs as they are (quick to compile, for debugging).
+        disable: Names of passes to leave out, see `modes_fx.passes.PIPELINE`.
+    Returns:
+        The backend; `.graphs` reports what was found in each compiled graph, see `modes_fx.explain`.
+    Raises:
+        ProfileError: The profile cannot be read or is not valid.
+        ValueError: An unknown lowering or pass name.
+    """
+    return Backend(profile, strict=strict, lowering=lowering, disable=disable)
+
+
+class Backend:
+    """What `backend` returns. One instance serves one model; its state is per thread, see `modes_fx.runtime`."""
+
+    def __init__(
+        self,
+        profile: Profile | str | os.PathLike[str],
+        *,
+        strict: bool = True,
+        lowering: Lowering = "inductor",
+        disable: Collection[str] = (),
+    ) -> None:
+        if not isinstance(profile, Profile):
+            profile = Profile.load(profile)
+        if lowering not in ("inductor", "eager"):
+            raise ValueError(f'lowering must be "inductor" or "eager", got {lowering!r}.')
+        names = [each.__name__ for each in PIPELINE]
+        if unknown := sorted(set(disable) - set(names)):
+            raise ValueError(f"No pass is named {', '.join(unknown)}; the passes are {', '.join(names)}.")
+        self.profile = profile
+        self.strict = strict
+        self.lowering = lowering
+        self.disable = tuple(disable)
+        self.graphs: list[Unit] = []
+        self.run = Run(profile, strict)
+        raise_recompile_limit(len(profile.layers))
+
+    @property
+    def __name__(self) -> str:
+        return "modes_fx"
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        # Dynamo's settings belong to a thread, and this one may not be the one that made the backend.
+        raise_recompile_limit(len(self.profile.layers))
+        inputs = list(example_inputs)
+        unit = Unit(self.profile, inputs, modality_is_known=self.run.modality_is_known())
+        has_tokens = _looks_up_tokens(gm, unit)
+        if not unit.routers and not has_tokens and not _has_experts(gm):
+            with torch.no_grad():
+                return compile_graph(gm, inputs, self.lowering)
+        table = None
+        if not unit.modality_is_known and not has_tokens:
+            table, unit.embeds = self._embedded_tokens(inputs)
+
+        def rewrite(aten_gm: GraphModule) -> Callable[[Compiled], Compiled]:
+            run_passes(aten_gm, unit, PIPELINE, self.disable)
+            self._check(unit)
+            return lambda compiled: RewrittenGraph(compiled, unit, self.run, table)
+
+        _guard_on(gm, unit.routers)
+        with torch.no_grad():
+            compiled = compile_graph(gm, inputs, self.lowering, rewrite)
+        unit.inputs = []  # Only needed while compiling; would keep activations alive.
+        self.graphs.append(unit)
+        return compiled
+
+    def _embedded_tokens(self, inputs: Sequence[Any]) -> tuple[EmbeddingTable | None, int | None]:
+        """The model's embedding table, and which input holds rows of it."""
+        weight = find_embedding_table(self.profile)
+        if weight is None:
+            return None, None
+        table = EmbeddingTable(weight, self.profile)
+        for index, value in enumerate(inputs):
+            if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter) and table.holds(value):
+                return table, index
+        return None, None
+
+    def _check(self, unit: Unit) -> None:
+        """Every router of the profile in this graph has its block rewritten, and no block is left alone."""
+        done = unit.layers()
+        for block in unit.blocks:
+            if block.rewritten:
+                continue
+            name = block.layer or "a block"
+            if block.reason == "its router is not in the profile":
+                raise ProfileError(
+                    "The profile was made for another model: a block of this one has a router that is not among "
+                    f"the profile's {len(self.profile.layers)}. Calibrate this model, or pass the profile made for it."
+                )
+            self._complain(f"{name} was not rewritten: {block.reason}.")
+        lost = [layer.name for layer in unit.routers.values() if layer.name not in done]
+        if lost and not any(block.layer in lost for block in unit.blocks):
+            self._complain(
+                f"{lost[0]} was not rewritten: its router is in this graph, its experts are not in a form that is "
+                'known. Call model.set_experts_implementation("grouped_mm") before compiling.'
+            )
+        if unit.modality_source == UNKNOWN and unit.layers():
+            log.warning("The modality of %s cannot be told in this graph.", ", ".join(unit.layers()))
+
+    def _complain(self, message: str) -> None:
+        if self.strict and "skip_experts" not in self.disable:
+            raise RewriteError(message + " Pass strict=False to run it unskipped.")
+        warnings.warn(message + " It runs unskipped.", stacklevel=2)
+
+
+def raise_recompile_limit(num_layers: int) -> None:
+    """Let Dynamo compile each layer's frame often enough (`torch._dynamo.config.recompile_limit`), never lower it."""
+    config = torch._dynamo.config
+    needed = _COMPILES_PER_LAYER * num_layers
+    config.recompile_limit = max(config.recompile_limit, needed)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * needed)
+
+
+def _has_experts(gm: GraphModule) -> bool:
+    return any("grouped_mm" in str(node.target) for node in gm.graph.nodes if node.op == "call_function")
+
+
+def _looks_up_tokens(gm: GraphModule, unit: Unit) -> bool:
+    """Whether this graph embeds token ids. The shape alone says little: an output head has the same."""
+    placeholders = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    return any(
+        is_token_embedding(unit.profile, unit.inputs[placeholders[source]])
+        for node in gm.graph.find_nodes(op="call_function", target=torch.nn.functional.embedding)
+        for source in node.all_input_nodes
+        if source in placeholders
+    )
+
+
+def _guard_on(gm: GraphModule, indices: Iterable[int]) -> None:
+    """Make Dynamo run this graph for these very parameters only; another layer gets a graph of its own."""
+    from torch._dynamo.guards import GuardBuilder, install_guard
+
+    placeholders: list[Node] = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for index in indices:
+        grapharg = placeholders[index].meta.get("grapharg")
+        if grapharg is not None:
+            install_guard(grapharg.source.make_guard(GuardBuilder.ID_MATCH))
+

@@ -1,0 +1,97 @@
+"""From Dynamo's graph to compiled code: functional aten for the passes, then Inductor as torch.compile runs it.
+
+Inductor decomposes while AOTAutograd traces, and a pass after that would have to match the pieces. So AOTAutograd is
+run without decompositions, the passes see whole operators, and the rewritten graph is traced once more with
+Inductor's decompositions.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor import compile_fx as inductor
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Interpreter
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+
+# Takes its arguments as one list, which it may empty; returns a list or tuple of outputs.
+Compiled = Callable[[list[Any]], Sequence[Any]]
+# Edits the aten graph in place; returns what wraps the compiled graph, to feed and take what the edit added.
+Rewrite = Callable[[GraphModule], Callable[[Compiled], Compiled]]
+
+
+def compile_graph(
+    gm: GraphModule, inputs: Sequence[Any], lowering: str, rewrite: Rewrite | None = None
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph, for inference.
+
+    Args:
+        gm: As Dynamo gives it.
+        inputs: The real example inputs.
+        lowering: "inductor" or "eager".
+        rewrite: Applied to the functional aten graph; None to compile the graph as it is.
+    """
+    if rewrite is None:
+        return inductor.compile_fx(gm, list(inputs)) if lowering == "inductor" else gm.forward
+    num_outputs = inductor.get_num_model_outputs(gm)
+    extra = inductor.create_compiler_config_extra(gm)
+
+    def lower(aten_gm: GraphModule, fake_inputs: Sequence[Any]) -> Compiled:
+        wrap = rewrite(aten_gm)
+        placeholders = [node for node in aten_gm.graph.nodes if node.op == "placeholder"]
+        fake_inputs = [*fake_inputs, *(node.meta["val"] for node in placeholders[len(fake_inputs) :])]
+        if lowering == "eager":
+            return boxed(wrap(make_boxed_func(aten_gm)))
+        decomposed = decompose(aten_gm, fake_inputs)
+        compiled = inductor.compile_fx_forward(
+            decomposed,
+            fake_inputs,
+            num_orig_model_outputs=num_outputs,
+            num_example_inputs=len(inputs),
+            compiler_config_extra=extra,
+            is_inference=True,
+        )
+        return boxed(wrap(compiled))
+
+    with _inductor_context(inputs):
+        return aot_autograd(
+            fw_compiler=lower,
+            inference_compiler=lower,
+            decompositions={},
+            keep_inference_input_mutations=True,
+        )(gm, list(inputs))
+
+
+def decompose(gm: GraphModule, fake_inputs: Sequence[Any]) -> GraphModule:
+    """Trace a rewritten graph again, with Inductor's decompositions; plain functions in it become operators."""
+    mode = detect_fake_mode(fake_inputs) or contextlib.nullcontext()
+    with mode, preserve_node_meta():
+        return make_fx(Interpreter(gm).run, decomposition_table=select_decomp_table())(*fake_inputs)
+
+
+def boxed(compiled: Compiled) -> Compiled:
+    """Mark a function as taking its arguments in one list, so that it may free them early."""
+    if not getattr(compiled, "_boxed_call", False):
+        compiled._boxed_call = True  # type: ignore[attr-defined]
+    return compiled
+
+
+@contextlib.contextmanager
+def _inductor_context(inputs: Sequence[Any]) -> Iterator[None]:
+    """What Inductor's own entry point sets up around AOTAutograd."""
+    mode = detect_fake_mode(inputs) or FakeTensorMode(allow_non_fake_inputs=True)
+    context = torch._guards.TracingContext.try_get() or torch._guards.TracingContext(mode)
+    with (
+        torch._dispatch.python.enable_python_dispatcher(),
+        V.set_fake_mode(mode),
+        torch._guards.tracing(context),
+        torch._dynamo.compiled_autograd._disable(),
+    ):
+        yield

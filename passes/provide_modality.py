@@ -1,0 +1,103 @@
+"""Give a graph the modality of its tokens: text, vision, or other (special), one uint8 each.
+
+In order of preference:
+
+1.  The graph embeds token ids.           2.  Another graph of this call did.   3.  The graph gets embedded tokens.
+
+    before:  x = embedding(table, ids)        before:  (no ids)                     before:  inputs_embeds
+    after:   m = token_modality(ids)          after:   m = <one more input>         after:   m = rows_modality(
+             ...                                                                             inputs_embeds, table)
+             return (..., m)                                                                 return (..., m)
+
+Graphs stay pure: who fills the added input and keeps the added output is the wrapper (`modes_fx.backend`). In
+case 3 the ids come back from the rows themselves, which are exact copies of rows of the embedding table; a row that
+is none is a visual token.
+"""
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from modes_fx.kernels.rows_modality import rows_modality
+from modes_fx.modality import token_modality
+from modes_fx.passes.find_blocks import Experts, find_blocks, placeholder_of
+from modes_fx.passes.unit import (
+    FROM_EMBEDDINGS,
+    FROM_OTHER_GRAPH,
+    FROM_TOKEN_IDS,
+    UNKNOWN,
+    Unit,
+    is_token_embedding,
+)
+
+aten = torch.ops.aten
+
+MODALITY, TABLE_KEYS, TABLE_MODALITY = "modality", "table_keys", "table_modality"
+
+
+def find_token_ids(graph: Graph, unit: Unit) -> Node | None:
+    """The node with the token ids, `[B, S]`, where this graph looks them up in the token embedding."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is aten.embedding.default:
+            table, ids = node.args[:2]
+            source = placeholder_of(table)
+            if source is not None and is_token_embedding(unit.profile, unit.real(source)):
+                return ids
+    return None
+
+
+def provide_modality(gm: GraphModule, unit: Unit) -> int:
+    """Set `unit.modality` and add the inputs and outputs it takes; returns 1 where the graph changed."""
+    graph = gm.graph
+    experts = [block for block in find_blocks(graph) if isinstance(block, Experts)]
+    ids = find_token_ids(graph, unit)
+    profile = unit.profile
+    if ids is not None:
+        with graph.inserting_after(ids):
+            modality = graph.call_function(
+                token_modality, (ids, list(profile.visual_token_ids), list(profile.special_token_ids))
+            )
+        with graph.inserting_after(modality):
+            unit.modality = graph.call_function(aten.reshape.default, (modality, [-1]))
+        unit.modality_source = FROM_TOKEN_IDS
+    elif not experts:
+        return 0
+    elif unit.modality_is_known:
+        unit.modality = _input(graph, unit, MODALITY, experts[0])
+        unit.modality_source = FROM_OTHER_GRAPH
+    elif unit.embeds is not None:
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        keys = _input(graph, unit, TABLE_KEYS, experts[0])
+        table = _input(graph, unit, TABLE_MODALITY, experts[0])
+        with graph.inserting_after(table):
+            rows = placeholders[unit.embeds]
+            unit.modality = graph.call_function(rows_modality, (rows, keys, table))
+        unit.modality_source = FROM_EMBEDDINGS
+    else:
+        # The wrapper still gives one, all "other", so that a call whose modality is unknown skips nothing.
+        unit.modality = _input(graph, unit, MODALITY, experts[0])
+        unit.modality_source = UNKNOWN
+    if unit.modality_source in (FROM_TOKEN_IDS, FROM_EMBEDDINGS):
+        output = next(node for node in reversed(graph.nodes) if node.op == "output")
+        output.args = ((*output.args[0], unit.modality),)
+        unit.gives_modality = True
+    return 1
+
+
+def _input(graph: Graph, unit: Unit, name: str, block: Experts) -> Node:
+    """One more input at the end. Its fake value says shape and dtype to whatever traces the graph next."""
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    hidden = block.hidden.meta["val"]
+    sizes: dict[str, tuple[Any, torch.dtype]] = {
+        MODALITY: (hidden.shape[0], torch.uint8),
+        TABLE_KEYS: (unit.profile.vocab_size, torch.int64),
+        TABLE_MODALITY: (unit.profile.vocab_size, torch.uint8),
+    }
+    size, dtype = sizes[name]
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    with hidden.fake_mode:
+        node.meta["val"] = torch.empty((size,), dtype=dtype, device=hidden.device)
+    unit.extra_inputs.append(name)
+    return node
