@@ -12,7 +12,7 @@ Letters: T tokens, K slots, P = T * K pairs (pair p is slot p % K of token p // 
 I intermediate size, C chunks of tokens. A position is an index into `order`, R of them are filled.
 """
 
-# An annotation of a kernel's parameter means something to Triton; shapes and dtypes stand in comments instead.
+# Triton gives annotations of a kernel's parameters a meaning; shapes and dtypes stand in comments instead.
 # mypy: disable-error-code="no-untyped-def"
 
 from typing import Any, NamedTuple
@@ -43,9 +43,11 @@ CHUNK_PAIRS = 128  # pairs of one dispatch program
 BLOCK_E = 32  # experts counted at a time
 
 
-def choose_tile(dtype: torch.dtype, num_pairs: int, num_experts: int) -> Tile:
-    """The tile for a call, from what the host knows without asking the device."""
-    few = num_pairs <= 16 * num_experts
+def choose_tile(dtype: torch.dtype, num_pairs: int, num_experts: int, *sizes: int) -> Tile:
+    """The tile for a call, from what the host knows without asking the device. `sizes`: H and I."""
+    # Odd sizes, which no published model has, cannot be copied 16 bytes at a time; their loads go through
+    # registers, and the larger tile would spill.
+    few = num_pairs <= 16 * num_experts or any(size % 16 for size in sizes)
     if dtype == torch.float32:
         return FEW_ROWS_F32 if few else MANY_ROWS_F32
     return FEW_ROWS if few else MANY_ROWS
@@ -462,7 +464,7 @@ def masked_moe_triton(
     if is_transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     intermediate_size = down.shape[2]
-    tile = choose_tile(hidden.dtype, num_pairs, num_experts)
+    tile = choose_tile(hidden.dtype, num_pairs, num_experts, hidden_size, intermediate_size)
     num_tiles = max_tiles(num_pairs, num_experts, tile.rows)
     common = {
         "E": num_experts,

@@ -1,0 +1,221 @@
+"""The Triton lowering of `masked_moe`, interpreted, or compiled with `TRITON_INTERPRET=0` and a GPU."""
+
+import numpy as np
+import pytest
+import torch
+import triton
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from modes_fx.kernels import _masked_moe_triton as lowering
+from modes_fx.kernels.masked_moe import ACTIVATIONS, OTHER, keep_mask
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = "cpu" if INTERPRETED else "cuda"
+EXACT = {"rtol": 0, "atol": 0}
+
+pytestmark = [
+    # NaN and infinity are among the inputs, and numpy, on which the interpreter runs, says so.
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
+    pytest.mark.usefixtures("poisoned_memory", "bfloat16_products"),
+    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+@pytest.fixture
+def bfloat16_products(monkeypatch):
+    """Let the interpreter multiply bfloat16: Triton 3.9's multiplies their bit patterns as integers."""
+    product = InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *others):
+        if a.dtype.scalar == triton.language.bfloat16:
+            wide = [(x.data.astype(np.uint32) << 16).view(np.float32) for x in (a, b)]
+            a, b = (TensorHandle(x, triton.language.float32) for x in wide)
+        return product(self, a, b, *others)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+def run(problem):
+    """The lowering on `DEVICE`; the result on the CPU."""
+    moved = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in problem.items()}
+    return lowering.masked_moe_triton(**moved).cpu()
+
+
+def dispatch(scores, experts, modality, num_experts, alpha=1.0, tau=0.0, weights=None, renormalise=False):
+    weights = scores if weights is None else weights
+    inputs = [None if x is None else x.to(DEVICE) for x in (scores, weights, experts, modality)]
+    return lowering.dispatch(*inputs, num_experts, alpha, alpha, tau, tau, renormalise)
+
+
+# Dispatch.
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots", "experts"),
+    [
+        (1, 1, 1),
+        (7, 8, 8),
+        (129, 1, 5),  # one token past a chunk
+        (50, 3, 40),  # slots no power of two; experts in two blocks
+        (2100, 3, 3),  # more chunks than the scan takes at a time
+    ],
+)
+def test_order_is_a_stable_sort_of_the_kept_pairs(tokens, slots, experts):
+    g = torch.Generator().manual_seed(tokens)
+    scores = torch.rand(tokens, slots, generator=g)
+    chosen = torch.rand(tokens, experts, generator=g).topk(slots).indices
+    got = dispatch(scores, chosen, None, experts, tau=0.6)
+    kept = (scores >= 0.6).flatten().nonzero().squeeze(-1)
+    order = kept[chosen.flatten()[kept].sort(stable=True).indices]
+    torch.testing.assert_close(got.order.cpu()[: len(order)].long(), order, **EXACT)
+    counts = torch.bincount(chosen.flatten()[kept], minlength=experts)
+    torch.testing.assert_close(got.totals.cpu().long(), counts, **EXACT)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.25, 1e-45, torch.inf, -torch.inf, 0.1 * 0.3, torch.nan])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_keeps_exactly_what_the_specification_keeps(tau, alpha, dtype):
+    # Ties, neighbours of ties, zero, denormals and what is not finite; every modality for each of them.
+    values = [0.0, 1e-45, 0.1, 0.25, 0.5, np.nextafter(np.float32(0.5), 0), 1.0, torch.inf, torch.nan, -1.0]
+    scores = torch.tensor(values).to(dtype).repeat(3).unsqueeze(-1)
+    modality = torch.arange(3, dtype=torch.uint8).repeat_interleave(len(values))
+    for mask in (None, modality):
+        got = dispatch(scores, torch.zeros_like(scores, dtype=torch.int64), mask, 1, alpha, tau)
+        keep = keep_mask(scores, mask, alpha, alpha, tau, tau)
+        torch.testing.assert_close(got.keys.cpu() == 0, keep.flatten(), **EXACT)
+
+
+def test_compares_in_float32():
+    scores = torch.tensor([[0.1]])
+    tau = (scores * 0.3).item()
+    assert scores.double().item() * 0.3 < tau
+    assert dispatch(scores, torch.zeros(1, 1, dtype=torch.int64), None, 1, 0.3, tau).keys.item() == 0
+
+
+def test_an_index_outside_the_experts_drops_its_pair():
+    chosen = torch.tensor([[0, -1, 2, 1]])
+    assert dispatch(torch.ones(1, 4), chosen, None, 2).keys.tolist() == [0, -1, -1, 1]
+
+
+def test_renormalised_weights_have_the_mass_of_all_slots():
+    scores = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.1]])
+    chosen = torch.tensor([[0, 1, 2], [0, 1, 2]])
+    got = dispatch(scores, chosen, None, 3, tau=0.2, weights=scores * 2, renormalise=True)
+    torch.testing.assert_close(got.scales.cpu()[:3], torch.tensor([1.0, 0.5, 0.5]))
+    got = dispatch(scores, chosen, None, 3, tau=0.3, weights=scores * 2, renormalise=True)
+    torch.testing.assert_close(got.scales.cpu()[:1], torch.tensor([2.0]))
+
+
+def test_no_routing_needs_more_tiles_than_the_grid_has():
+    for num_pairs in range(1, 70):
+        for num_experts in range(1, 9):
+            for rows in (16, 64):
+                # The worst routing leaves one pair on each expert but one.
+                alone = min(num_experts, num_pairs) - 1
+                worst = alone + triton.cdiv(num_pairs - alone, rows)
+                assert worst <= lowering.max_tiles(num_pairs, num_experts, rows) <= num_pairs
+
+
+# The whole lowering.
+
+
+def test_matches_the_reference(case, make_problem, assert_within_budget):
+    problem = make_problem(case)
+    assert_within_budget(run(problem), problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_matches_the_reference_in_16_bits(case, dtype, make_problem, assert_within_budget):
+    problem = make_problem(case, dtype)
+    assert_within_budget(run(problem), problem)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_reads_every_layout(typical, bias, interleaved, is_transposed, make_problem, assert_within_budget):
+    problem = make_problem(typical, bias=bias, interleaved=interleaved, is_transposed=is_transposed)
+    assert_within_budget(run(problem), problem)
+
+
+def test_reads_views_where_they_lie(typical, make_problem, assert_within_budget):
+    problem = make_problem(typical, bias=True)
+    views = dict(problem)
+    for name in ("hidden", "scores", "weights", "experts", "gate_up", "down", "gate_up_bias", "down_bias"):
+        x = problem[name]
+        views[name] = torch.stack([x, torch.zeros_like(x)], dim=-1)[..., 0]
+        assert not views[name].is_contiguous()
+    assert_within_budget(run(views), problem)
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_applies_every_activation(typical, activation, renormalise, make_problem, assert_within_budget):
+    problem = make_problem(typical, activation=activation, renormalise=renormalise)
+    assert_within_budget(run(problem), problem)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_agree_far_from_zero(activation, typical, make_problem, assert_within_budget):
+    problem = make_problem(typical, activation=activation)
+    problem["hidden"] = problem["hidden"] * 100
+    assert_within_budget(run(problem), problem)
+
+
+def test_equal_inputs_give_equal_bits(typical, make_problem):
+    problem = make_problem(typical, torch.bfloat16)
+    torch.testing.assert_close(run(problem), run(problem), **EXACT)
+
+
+def test_a_token_does_not_depend_on_the_others(typical, make_problem):
+    problem = make_problem(typical)
+    together = run(problem)
+    inputs = ("hidden", "scores", "weights", "experts", "modality")
+    alone = [run(problem | {name: problem[name][t : t + 1] for name in inputs}) for t in range(5)]
+    torch.testing.assert_close(together[:5], torch.cat(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_an_expert_without_kept_pairs_is_not_read(typical, make_problem, assert_within_budget):
+    problem = make_problem(typical._replace(modality="text"), bias=True)
+    problem["scores"] = torch.where(problem["experts"] < 3, 0, problem["scores"])
+    poisoned = dict(problem)
+    for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
+        poisoned[name] = problem[name].clone()
+        poisoned[name][:3] = torch.nan
+    assert_within_budget(run(poisoned), problem)
+
+
+def test_infinite_weights_of_a_dropped_pair_do_not_leak(typical, make_problem, assert_within_budget):
+    problem = make_problem(typical)
+    keep = keep_mask(
+        *(problem[name] for name in ("scores", "modality", "alpha_text", "alpha_vision")),
+        *(problem[name] for name in ("tau_text", "tau_vision")),
+    )
+    infinite = problem | {"weights": torch.where(keep, problem["weights"], torch.inf)}
+    assert_within_budget(run(infinite), problem)
+
+
+def test_a_token_that_is_all_nan_and_dropped_stays_alone(typical, make_problem, assert_within_budget):
+    problem = make_problem(typical._replace(modality="text"))
+    problem["scores"][3] = 0
+    poisoned = problem | {"hidden": problem["hidden"].clone()}
+    poisoned["hidden"][3] = torch.nan
+    assert_within_budget(run(poisoned), problem)
+
+
+def test_with_zero_thresholds_nothing_is_dropped(typical, make_problem):
+    problem = make_problem(typical) | {"tau_text": 0.0, "tau_vision": 0.0, "alpha_text": 0.0}
+    everything_other = problem | {"modality": torch.full_like(problem["modality"], OTHER)}
+    torch.testing.assert_close(run(problem), run(everything_other), **EXACT)
+
+
+def test_never_asks_the_device_for_a_value(case, make_problem, monkeypatch):
+    """Meta tensors have no values, so that anything that would wait for the device raises."""
+    launched = []
+    kernel_type = type(lowering._combine_kernel)
+    monkeypatch.setattr(kernel_type, "run", lambda self, *_args, **_kwargs: launched.append(self))
+    problem = make_problem(case)
+    meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in problem.items()}
+    assert lowering.masked_moe_triton(**meta).shape == problem["hidden"].shape
+    assert len(launched) == (6 if case.tokens else 0)
