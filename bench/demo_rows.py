@@ -16,6 +16,7 @@ from modes_fx.demo.pictures import easy_questions_of, pack
 from modes_fx.demo.questions import ASK, captions
 from modes_fx.demo.scenes import Scene, draw_scene, render
 from modes_fx.demo.text import END, IMAGE, MERGE, PAD, PATCH, START, VISION_END, VISION_START
+from modes_fx.demo.words import CELLS
 
 # Weights of the tasks among a scene's questions: perception first, then what needs it.
 PERCEPTION = dict(
@@ -62,15 +63,33 @@ def cut_patches(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(x.reshape(batch, -1, 3 * PATCH * PATCH).astype(np.float32) / 127.5 - 1.0)
 
 
+def hint(task: str, pair: tuple[str, str], scene: Scene) -> tuple[str, str]:
+    """Half of the way to a question's answer, as a question of its own that is not in the suite.
+
+    For a sum its addends by name; for a count and for a neighbour the cells where the thing stands, in order.
+    """
+    if task == "sum":
+        digits = [t.attribute for t in scene.cells if t is not None and t.kind == "digit"]
+        return "name the two digits", " ".join(digits)
+    word = pair[0].split()[-1]
+    cells = [name for name, thing in zip(CELLS, scene.cells, strict=True) if thing and thing.word == word]
+    return f"what is the {word} at", " ".join(cells) or "nothing"
+
+
 class RowMaker:
     """Draws training rows: a function of step, process and sizes alone."""
 
     def __init__(
-        self, words: dict[str, int], length: int, list_share: float, weights: dict[str, float]
+        self,
+        words: dict[str, int],
+        length: int,
+        list_share: float,
+        weights: dict[str, float],
+        hints: dict[str, float],
     ) -> None:
-        self.words, self.length, self.list_share = words, length, list_share
+        self.words, self.length, self.list_share, self.hints = words, length, list_share, hints
         self.tasks = list(weights)
-        self.cuts = np.cumsum(list(weights.values())) / sum(weights.values())
+        self.cuts = np.cumsum(list(weights.values())) / max(1e-9, sum(weights.values()))
 
     def batch(self, step: int, rank: int, world: int, num_scenes: int, num_easy: int) -> Rows:
         """The rows of one process for one step."""
@@ -107,10 +126,8 @@ class RowMaker:
             pair = ASK[task](scene, rng)
             if pair is None:
                 continue
-            # Half of the sums become a question that is not in the suite: the two addends by name.
-            if task == "sum" and rng.random() < 0.5:
-                digits = [t.attribute for t in scene.cells if t is not None and t.kind == "digit"]
-                pair = ("name the two digits", " ".join(digits))
+            if task in self.hints and rng.random() < self.hints[task]:
+                pair = hint(task, pair, scene)
             if pair not in pairs:
                 pairs.append(pair)
         return pairs

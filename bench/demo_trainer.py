@@ -34,14 +34,16 @@ class Phase:
     length: int  # tokens a row
     list_share: float  # share of scenes whose nine cells are all listed in one dense answer
     weights: dict[str, float]  # of the tasks among a scene's questions
+    hints: dict[str, float]  # share of a task's questions that ask for half of the way instead
     flat: float = 0.0  # weight of the penalty on peaked routers
 
 
-# Listing all cells teaches perception fast, with big batches; relations then need many small steps.
+# Listing all cells teaches perception fast, with big batches; relations need many small steps, and hints.
 PHASES = (
-    Phase(997, 14, 3, 112, 1.0, PERCEPTION),
-    Phase(1303, 9, 2, 128, 0.3, RELATIONS),
-    Phase(1300, 9, 2, 128, 0.3, RELATIONS, flat=1.0),
+    Phase(997, 14, 3, 112, 1.0, PERCEPTION, {"sum": 0.5}),
+    Phase(280, 9, 2, 128, 0.3, RELATIONS, {"sum": 0.5}),
+    Phase(1123, 9, 2, 128, 0.3, RELATIONS, {"sum": 0.3, "count": 0.4, "spatial": 0.4}),
+    Phase(1600, 9, 2, 128, 0.2, RELATIONS, {"sum": 0.2, "count": 0.15, "spatial": 0.15}, flat=1.0),
 )
 
 
@@ -54,7 +56,7 @@ class Recipe:
     seed: int = 0
     peak_rate: float = 3e-3
     warmup: int = 100
-    decay: int = 1700  # the last steps, over which the learning rate falls to 2%
+    decay: int = 1900  # the last steps, over which the learning rate falls to 2%
     balance: float = 0.01  # weight of the load-balance loss
     hinge: float = 0.20  # sum of squared routing weights that costs nothing; 1/8 would be quite flat
 
@@ -120,7 +122,7 @@ class Trainer:
         """One update; returns the figures to log."""
         recipe, began = self.recipe, time.time()
         phase = recipe.phase(self.step)
-        maker = RowMaker(self.words, phase.length, phase.list_share, phase.weights)
+        maker = RowMaker(self.words, phase.length, phase.list_share, phase.weights, phase.hints)
         rows = maker.batch(self.step, self.rank, recipe.world, phase.scenes, phase.easy)
         logits = self.logits(rows)
         gold = rows.labels[rows.labels >= 0]
@@ -152,7 +154,7 @@ class Trainer:
 
     def _count_right(self, samples: list[Sample]) -> int:
         """How many of these samples, all of one picture size, are answered exactly."""
-        maker = RowMaker(self.words, 64, 0.0, PERCEPTION)
+        maker = RowMaker(self.words, 64, 0.0, {}, {})
         blocks = samples[0].picture.shape[0] // (PATCH * MERGE)
         parts = [maker.row([(sample.question, sample.answer)], blocks) for sample in samples]
         ids, labels, segment, positions = (torch.from_numpy(np.stack(p)) for p in zip(*parts, strict=True))
