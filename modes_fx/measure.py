@@ -32,10 +32,13 @@ class Measured:
     Attributes:
         kl: KL(original || skipped), mean over answer tokens, nats.
         counts: Pairs and dropped pairs, per block and modality.
+        right: Per sample, whether every answer token is the likeliest one given the answer before it; that
+            is when greedy generation gives the answer.
     """
 
     kl: float
     counts: Counts
+    right: tuple[bool, ...] = ()
 
     @property
     def skip(self) -> float:
@@ -100,6 +103,7 @@ class Meter:
         """
         total = 0.0
         seen = 0
+        right: list[bool] = []
         hooks = skip(self.model, self.blocks, rule, *self.ids, renormalise=renormalise)
         with evaluating(self.model), hooks as counts:
             for index, batch in enumerate(self.batches):
@@ -108,11 +112,13 @@ class Meter:
                     raise ModesError(changed(index, len(self.original)))
                 logits = self._answer(index, batch)
                 total += kl_sum(self.original[index], logits, f"batch {index}")
+                right += answered(batch, logits)
                 if bar is not None:
                     bar.step()
         if seen != len(self.original):
             raise ModesError(changed(seen, len(self.original)))
-        return Measured(max(0.0, total / self.num_tokens), Counts(counts.pairs.cpu(), counts.dropped.cpu()))
+        cpu_counts = Counts(counts.pairs.cpu(), counts.dropped.cpu())
+        return Measured(max(0.0, total / self.num_tokens), cpu_counts, tuple(right))
 
     def _answer(self, index: int, batch: Batch) -> Tensor:
         with self.encoder.for_batch(index):
@@ -219,6 +225,15 @@ def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
             "models that change the length of the sequence are not supported."
         )
     return logits[rows, columns]
+
+
+def answered(batch: Batch, logits: Tensor) -> list[bool]:
+    """Per row of the batch, whether the argmax of its `answer_logits` is its label everywhere."""
+    labels = torch.as_tensor(batch["labels"])[:, 1:]
+    answer = labels != IGNORED
+    wrong = torch.zeros_like(answer)
+    wrong[answer] = logits.argmax(-1).cpu() != labels[answer].cpu()
+    return (~wrong.any(1)).tolist()
 
 
 def kl_sum(original: Tensor, skipped: Tensor, where: str) -> float:

@@ -1,0 +1,106 @@
+"""What the command line prints about profiles and results, as rich tables."""
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from modes_fx.profile import Profile
+
+if TYPE_CHECKING:
+    from modes_fx.main_job import Results
+
+
+def print_profile(profile: Profile, console: Console) -> None:
+    """Thresholds, how the profile was made, and a row per layer."""
+    console.print(
+        f"tau_text {profile.tau_text:.6g}   tau_vision {profile.tau_vision:.6g}   alpha: {profile.method}, "
+        f"{profile.num_samples} samples"
+    )
+    if profile.measured_skip is None:
+        console.print("No thresholds were searched yet: this profile skips nothing.")
+    else:
+        console.print(
+            f"skip rate: target {_percent(profile.target_skip)}, measured {_percent(profile.measured_skip)}, "
+            f"text {_percent(profile.measured_skip_text)}, vision {_percent(profile.measured_skip_vision)}; "
+            f"KL {_number(profile.kl)} nats per answer token"
+        )
+    table = Table("layer", "alpha text", "alpha vision", "experts")
+    table.columns[0].overflow = "fold"
+    for layer in profile.layers:
+        table.add_row(
+            layer.name,
+            f"{layer.alpha_text:.4f}",
+            f"{layer.alpha_vision:.4f}",
+            f"{layer.top_k} of {layer.num_experts}",
+        )
+    console.print(table)
+    versions = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
+    console.print(
+        f"visual token ids {list(profile.visual_token_ids)}, special {list(profile.special_token_ids)}\n"
+        f"made with {versions or 'unknown versions'}; digest {profile.digest()[:12]}"
+    )
+
+
+def print_results(results: "Results", profile: Profile, console: Console) -> None:
+    """The demo's tables."""
+    console.print(_accuracy_table(results))
+    console.print(_skip_table(results, profile))
+    console.print(_policy_table(results))
+    if results.prefill_ms:
+        console.print(_time_table(results))
+    console.print(
+        f"KL {results.kl['calibration']:.4f} nats on calibration, {results.kl['test']:.4f} on test; compiled "
+        f"and simulated logits differ by at most {results.max_logit_difference:.1e}; "
+        f"{sum(results.seconds.values()):.0f} s in all"
+    )
+
+
+def _accuracy_table(results: "Results") -> Table:
+    table = Table("task", "original", "compiled", title=f"Accuracy on {results.test_samples} test samples")
+    original, compiled = results.accuracy["original"], results.accuracy["compiled"]
+    for task in original:
+        if task == "mean":
+            table.add_section()
+        table.add_row(task, f"{original[task]:.3f}", f"{compiled[task]:.3f}")
+    return table
+
+
+def _skip_table(results: "Results", profile: Profile) -> Table:
+    table = Table("layer", "text", "vision", title="Measured skip rate on test")
+    rows = zip(results.skip["text_per_layer"], results.skip["vision_per_layer"], strict=True)
+    for layer, (text, vision) in zip(profile.layers, rows, strict=True):
+        table.add_row(layer.name, _percent(text), _percent(vision))
+    table.add_section()
+    table.add_row("all layers", _percent(results.skip["text"]), _percent(results.skip["vision"]))
+    table.add_row("all tokens", _percent(results.skip["all"]), "")
+    return table
+
+
+def _policy_table(results: "Results") -> Table:
+    title = "Policies at the same skip rate, on test"
+    table = Table("target", "policy", "measured skip", "KL (nats)", "accuracy", title=title)
+    for row in results.policies:
+        numbers = (_percent(row["skip"]), _number(row["kl"]), f"{row['accuracy']:.3f}")
+        table.add_row(_percent(row["target"]), row["policy"], *numbers)
+    return table
+
+
+def _time_table(results: "Results") -> Table:
+    title = "CPU time on one thread, medians, ratio to eager in brackets"
+    table = Table("model", "prefill, 16 rows (ms)", "decode (ms per token)", title=title)
+    for name in results.prefill_ms:
+        cells = (
+            f"{times[name]:.2f} ({times[name] / times['eager']:.2f})"
+            for times in (results.prefill_ms, results.decode_ms_per_token)
+        )
+        table.add_row(name, *cells)
+    return table
+
+
+def _percent(rate: float | None) -> str:
+    return "-" if rate is None else f"{100 * rate:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5f}"
