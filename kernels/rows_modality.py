@@ -3,8 +3,9 @@
     key(row)    = sum over h of bits(row[h]) * odd[h]        in wrapping 64-bit integers
     modality[t] = that of the table row with the same key; vision where there is none
 
-A row of embedded text is an exact copy of a row of the embedding table, so it can be told by its bits. One opaque
-op and not traced arithmetic: the keys of the table and of the rows must come from the same code, bit for bit.
+A row of embedded text is an exact copy of a row of the embedding table, so it can be told by its bits. One
+opaque op and not traced arithmetic: the keys of the table and of the rows must come from the same code, bit
+for bit.
 """
 
 import torch
@@ -21,7 +22,8 @@ _library.define(
 def row_keys(rows: Tensor) -> Tensor:
     """A 64-bit key for each row of floats, `[..., H] -> [...]`, int64: equal rows have equal keys.
 
-    Added as integers, so that, unlike a sum of floats, a key does not depend on how many rows are computed together.
+    Added as integers, so that, unlike a sum of floats, a key does not depend on how many rows are computed
+    together.
     """
     bits = rows.detach().contiguous().view(torch.int32 if rows.element_size() == 4 else torch.int16)
     step = torch.arange(1, rows.shape[-1] + 1, device=rows.device, dtype=torch.int64)

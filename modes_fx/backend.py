@@ -2,9 +2,9 @@
 
 capture (Dynamo) -> functional aten (AOTAutograd) -> passes -> Inductor's decompositions -> Inductor
 
-Graphs without experts and without token ids go straight to Inductor. A graph with experts is rewritten for the
-layers that its router weights belong to, and guarded on those very weights, since Dynamo would otherwise run one
-graph for several layers, with the first one's constants.
+Graphs without experts and without token ids go straight to Inductor. A graph with experts is rewritten for
+the layers that its router weights belong to, and guarded on those very weights, since Dynamo would otherwise
+run one graph for several layers, with the first one's constants.
 """
 
 import logging
@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 
 Lowering = Literal["inductor", "eager"]
 
-# Compiled whole, a model still runs one frame per layer once Dynamo has broken it, and each layer is compiled for
-# prefill, for another length, and for decode; torch's limit of 8 then runs the rest eagerly, without a word.
+# Compiled whole, a model still runs one frame per layer once Dynamo has broken it, and each layer is compiled
+# for prefill, for another length, and for decode; torch's limit of 8 then runs the rest eagerly, without a
+# word.
 _COMPILES_PER_LAYER = 16
 
 
@@ -42,14 +43,16 @@ def backend(
 ) -> "Backend":
     """A backend for `torch.compile(model, backend=...)` that skips the experts that the profile drops.
 
-    For `generate()` compile in place, `model.compile(backend=...)`: the object that `torch.compile(model)` returns
-    hands `generate` to the original, uncompiled model. The model runs for inference; no gradients are computed.
+    For `generate()` compile in place, `model.compile(backend=...)`: the object that `torch.compile(model)`
+    returns hands `generate` to the original, uncompiled model. The model runs for inference; no gradients are
+    computed.
 
     Args:
         profile: A `Profile`, or the path of one.
-        strict: Raise `RewriteError` when a layer of the profile cannot be rewritten, or was not run rewritten;
-            False warns instead and leaves that layer as it was.
-        lowering: "inductor", or "eager" to run the rewritten graphs as they are (quick to compile, for debugging).
+        strict: Raise `RewriteError` when a layer of the profile cannot be rewritten, or was not run
+            rewritten; False warns instead and leaves that layer as it was.
+        lowering: "inductor", or "eager" to run the rewritten graphs as they are (quick to compile, for
+            debugging).
         disable: Names of passes to leave out, see `modes_fx.passes.PIPELINE`.
     Returns:
         The backend; `.graphs` reports what was found in each compiled graph, see `modes_fx.explain`.
@@ -61,7 +64,7 @@ def backend(
 
 
 class Backend:
-    """What `backend` returns. One instance serves one model; its state is per thread, see `modes_fx.runtime`."""
+    """What `backend` returns. One instance serves one model; its state is per thread, see `runtime.Run`."""
 
     def __init__(
         self,
@@ -135,15 +138,16 @@ class Backend:
             name = block.layer or "a block"
             if block.reason == "its router is not in the profile":
                 raise ProfileError(
-                    "The profile was made for another model: a block of this one has a router that is not among "
-                    f"the profile's {len(self.profile.layers)}. Calibrate this model, or pass the profile made for it."
+                    "The profile was made for another model: a block of this one has a router that is "
+                    f"not among the profile's {len(self.profile.layers)}. Calibrate this model, or pass the "
+                    "profile made for it."
                 )
             self._complain(f"{name} was not rewritten: {block.reason}.")
         lost = [layer.name for layer in unit.routers.values() if layer.name not in done]
         if lost and not any(block.layer in lost for block in unit.blocks):
             self._complain(
-                f"{lost[0]} was not rewritten: its router is in this graph, its experts are not in a form that is "
-                'known. Call model.set_experts_implementation("grouped_mm") before compiling.'
+                f"{lost[0]} was not rewritten: its router is in this graph, its experts are not in a form "
+                'that is known. Call model.set_experts_implementation("grouped_mm") before compiling.'
             )
         if unit.modality_source == UNKNOWN and unit.layers():
             log.warning("The modality of %s cannot be told in this graph.", ", ".join(unit.layers()))
@@ -155,7 +159,7 @@ class Backend:
 
 
 def raise_recompile_limit(num_layers: int) -> None:
-    """Let Dynamo compile each layer's frame often enough (`torch._dynamo.config.recompile_limit`), never lower it."""
+    """Let Dynamo compile each layer's frame often enough: raise `torch._dynamo.config.recompile_limit`."""
     config = torch._dynamo.config
     needed = _COMPILES_PER_LAYER * num_layers
     config.recompile_limit = max(config.recompile_limit, needed)

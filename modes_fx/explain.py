@@ -1,4 +1,4 @@
-"""`modes_fx.explain`: what a compile of this model with this profile finds, rewrites and leaves alone, and why."""
+"""`modes_fx.explain`: what a compile of this model with this profile rewrites and leaves alone, and why."""
 
 import os
 import warnings
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One block: a layer of the profile, or something in the graphs that looks like a block and is none of them.
+    """One block: a layer of the profile, or something in the graphs that looks like a block and is none.
 
     Attributes:
         layer: Name in the profile, or None.
@@ -95,7 +95,8 @@ class Report:
     def __str__(self) -> str:
         lines = [_HEADER, *self.cells()]
         widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
-        text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+        padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
+        text = ["  ".join(cells).rstrip() for cells in padded]
         return "\n".join([*text, self.summary(), *self.warnings])
 
 

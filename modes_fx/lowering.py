@@ -1,8 +1,8 @@
-"""From Dynamo's graph to compiled code: functional aten for the passes, then Inductor as torch.compile runs it.
+"""From Dynamo's graph to compiled code: functional aten for the passes, then Inductor as it always runs.
 
-Inductor decomposes while AOTAutograd traces, and a pass after that would have to match the pieces. So AOTAutograd is
-run without decompositions, the passes see whole operators, and the rewritten graph is traced once more with
-Inductor's decompositions.
+Inductor decomposes while AOTAutograd traces, and a pass after that would have to match the pieces. So
+AOTAutograd is run without decompositions, the passes see whole operators, and the rewritten graph is traced
+once more with Inductor's decompositions.
 """
 
 import contextlib
@@ -10,11 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
-from torch._inductor import compile_fx as inductor
-from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.virtualized import V
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter
@@ -38,8 +33,15 @@ def compile_graph(
         lowering: "inductor" or "eager".
         rewrite: Applied to the functional aten graph; None to compile the graph as it is.
     """
+    # Dynamo and Inductor load Triton and take seconds, so only who compiles imports them.
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._inductor import compile_fx as inductor
+
     if rewrite is None:
-        return inductor.compile_fx(gm, list(inputs)) if lowering == "inductor" else gm.forward
+        if lowering == "eager":
+            return gm.forward
+        return inductor.compile_fx(gm, list(inputs))  # type: ignore[return-value]
     num_outputs = inductor.get_num_model_outputs(gm)
     extra = inductor.create_compiler_config_extra(gm)
 
@@ -70,7 +72,9 @@ def compile_graph(
 
 
 def decompose(gm: GraphModule, fake_inputs: Sequence[Any]) -> GraphModule:
-    """Trace a rewritten graph again, with Inductor's decompositions; plain functions in it become operators."""
+    """Trace a rewritten graph again, with Inductor's decompositions; plain functions become operators."""
+    from torch._inductor.decomposition import select_decomp_table
+
     mode = detect_fake_mode(fake_inputs) or contextlib.nullcontext()
     with mode, preserve_node_meta():
         return make_fx(Interpreter(gm).run, decomposition_table=select_decomp_table())(*fake_inputs)
@@ -86,12 +90,16 @@ def boxed(compiled: Compiled) -> Compiled:
 @contextlib.contextmanager
 def _inductor_context(inputs: Sequence[Any]) -> Iterator[None]:
     """What Inductor's own entry point sets up around AOTAutograd."""
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._dynamo import compiled_autograd
+    from torch._inductor.virtualized import V
+
     mode = detect_fake_mode(inputs) or FakeTensorMode(allow_non_fake_inputs=True)
     context = torch._guards.TracingContext.try_get() or torch._guards.TracingContext(mode)
     with (
-        torch._dispatch.python.enable_python_dispatcher(),
+        enable_python_dispatcher(),
         V.set_fake_mode(mode),
         torch._guards.tracing(context),
-        torch._dynamo.compiled_autograd._disable(),
+        compiled_autograd._disable(),
     ):
         yield

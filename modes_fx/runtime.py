@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 class Run(threading.local):
     """State of the call that is running in this thread.
 
-    The modality that one graph gives is good for the rest of its own call alone. A call ends unseen, so each layer
-    may take it once: a layer that comes for it again belongs to a later call, whose token ids nobody has seen.
+    The modality that one graph gives is good for the rest of its own call alone. A call ends unseen, so each
+    layer may take it once: a layer that comes for it again belongs to a later call, whose token ids nobody
+    has seen.
     """
 
     def __init__(self, profile: Profile, strict: bool) -> None:
@@ -99,14 +100,14 @@ class Run(threading.local):
         if not self.warned:
             self.warned = True
             warnings.warn(
-                "The modality of the tokens is unknown, so nothing is skipped: no graph of this call saw input_ids or "
-                "rows of the token embedding. Call the model with input_ids.",
+                "The modality of the tokens is unknown, so nothing is skipped: no graph of this call saw "
+                "input_ids or rows of the token embedding. Call the model with input_ids.",
                 stacklevel=2,
             )
 
 
 class RewrittenGraph:
-    """A compiled graph, fed with what the passes added to its inputs and relieved of what they added to its outputs."""
+    """A compiled graph, fed with the inputs that the passes added, rid of the outputs that they added."""
 
     _boxed_call = True
 
@@ -162,9 +163,9 @@ class _TokenCount:
         placeholders = [node for node in unit.modality.graph.nodes if node.op == "placeholder"]
         for index, node in enumerate(placeholders[: -len(unit.extra_inputs)]):
             fake = node.meta["val"]
-            sizes = [(None, fake)] if isinstance(fake, torch.SymInt) else []
+            sizes: list[tuple[int | None, Any]] = [(None, fake)] if isinstance(fake, torch.SymInt) else []
             if isinstance(fake, Tensor):
-                sizes = list(enumerate(fake.shape))
+                sizes = [*enumerate(fake.shape)]
             for dim, size in sizes:
                 if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                     self.symbols.setdefault(size.node.expr, (index, dim))
@@ -182,7 +183,7 @@ class _TokenCount:
 
 
 class EmbeddingTable:
-    """Keys of a token embedding's rows, to read token ids back from embedded tokens; follows the live weight."""
+    """Keys of a token embedding's rows, to read ids back from embedded tokens; follows the live weight."""
 
     def __init__(self, weight: Tensor, profile: Profile) -> None:
         self.weight = weight
@@ -217,7 +218,8 @@ class EmbeddingTable:
         modality = token_modality(ids, profile.visual_token_ids, profile.special_token_ids)
         keys, order = row_keys(self.weight).sort(stable=True)
         modality = modality[order]
-        # Tokens that share one row (untrained ones) cannot be told apart: one special among them protects all.
+        # Tokens that share one row (untrained ones) cannot be told apart: a special one among them protects
+        # all.
         if keys.shape[0] > 1:
             group = torch.cat([keys.new_zeros(1), (keys[1:] != keys[:-1]).cumsum(0)])
             special = torch.zeros_like(keys).index_add_(0, group, (modality == OTHER).long())
@@ -226,7 +228,7 @@ class EmbeddingTable:
 
 
 def find_embedding_table(profile: Profile) -> Tensor | None:
-    """The token embedding of the model that is being compiled right now, found among the modules on the stack."""
+    """The token embedding of the model that is being compiled, found among the modules on the stack."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     translator: Any = InstructionTranslator.current_tx()

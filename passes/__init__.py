@@ -1,10 +1,11 @@
 """FX graph -> FX graph, on functional aten as AOTAutograd makes it, before Inductor's decompositions.
 
-Read PIPELINE first: it is the order. Each pass is one function in a file of its own name, takes the graph and the
-`Unit` (profile, real inputs, findings), edits in place and returns how often it did. `runner.py` does the rest.
+Read PIPELINE first: it is the order. Each pass is one function in a file of its own name, takes the graph and
+the `Unit` (profile, real inputs, findings), edits in place and returns how often it did. `runner.py` does the
+rest.
 
-Finders (`find_blocks`, `gate_region`) change nothing; `prove` runs both sides of a rewrite; `unit` is what the
-passes share.
+Finders (`find_blocks`, `gate_region`) change nothing; `prove` runs both sides of a rewrite; `unit` is what
+the passes share.
 """
 
 from modes_fx.passes.drop_dead_code import drop_dead_code

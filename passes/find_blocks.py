@@ -1,8 +1,8 @@
 """Find the experts of each block in a functional aten graph, by dataflow alone.
 
 transformers builds the experts graph of all its families from a few functions; what differs between families
-(router, gate, bias, layout) sits around or between two grouped matrix products. What is matched, backwards from
-the combine, for `experts_implementation="grouped_mm"`:
+(router, gate, bias, layout) sits around or between two grouped matrix products. What is matched, backwards
+from the combine, for `experts_implementation="grouped_mm"`:
 
     ids_sorted, perm = sort(view(experts, [T*K]))
     x   = index(hidden, [perm // K])
@@ -12,8 +12,8 @@ the combine, for `experts_implementation="grouped_mm"`:
     z   = grouped_mm(a, down^T, offsets)
     out = sum(view(index(z * unsqueeze(w), [inverse(perm)]), [T, K, H]), [1])
 
-Nothing here changes a graph. A candidate (two grouped products that end in a sum over slots) that does not fit is
-returned as `Declined`, with the reason, so that a rewrite is never silently missing.
+Nothing here changes a graph. A candidate (two grouped products that end in a sum over slots) that does not
+fit is returned as `Declined`, with the reason, so that a rewrite is never silently missing.
 """
 
 from collections.abc import Callable, Iterator
@@ -164,7 +164,8 @@ def _skip(node: Any, *targets: Any) -> Any:
 
 def _grouped_product_above(node: Any, reach: int = 48) -> Node | None:
     """The nearest grouped product that feeds `node` without another sum over slots in between."""
-    todo, seen = [node] if isinstance(node, Node) else [], set()
+    todo = [node] if isinstance(node, Node) else []
+    seen: set[Node] = set()
     while todo and len(seen) < reach:
         above = todo.pop(0)
         if _is(above, *_grouped_targets()):
@@ -187,7 +188,8 @@ def _match_grouped_mm(output: Node) -> Experts:
     unsorted = _need(_skip(slots.args[0], *_CAST), "the un-permute", aten.index.Tensor)
     weighted = _need(_skip(unsorted.args[0], *_CAST), "the weighting", aten.mul.Tensor)
     weight_column, product = _split_weighting(weighted)
-    sorted_weights = _need(_skip(weight_column.args[0], *_CAST), "the weights in expert order", aten.index.Tensor)
+    column = _skip(weight_column.args[0], *_CAST)
+    sorted_weights = _need(column, "the weights in expert order", aten.index.Tensor)
     perm = _only_index(sorted_weights, "the weights")
     sort = _permutation_source(perm)
     _check_inverse(_only_index(unsorted, "the un-permute"), perm)
@@ -205,7 +207,8 @@ def _match_grouped_mm(output: Node) -> Experts:
             raise _Mismatch("a bias inside the grouped product")
 
     gathered = _need(_skip(first.args[0], *_CAST), "the gather of tokens", aten.index.Tensor)
-    rows = _need(_only_index(gathered, "the gather of tokens"), "the token of each pair", aten.floor_divide.default)
+    token = _only_index(gathered, "the gather of tokens")
+    rows = _need(token, "the token of each pair", aten.floor_divide.default)
     if rows.args[0] is not perm or rows.args[1] != top_k:
         raise _Mismatch("tokens are not gathered by pair // K")
 
@@ -236,14 +239,15 @@ def _match_grouped_mm(output: Node) -> Experts:
 
 
 def find_router(experts: Node, num_experts: int) -> Node | None:
-    """The placeholder of the router weight, `[E, H]`, that decides `experts`; None where there is no such product."""
+    """The placeholder of the router weight, `[E, H]`, that decides `experts`; None where none does."""
 
     def is_router(node: Node) -> bool:
         shape = _shape(node)
         return len(shape) == 2 and shape[0] == num_experts
 
-    for node in _upwards(experts, stop=lambda n: _is(n, aten.mm.default, aten.addmm.default, aten.linear.default)):
-        if _is(node, aten.mm.default, aten.addmm.default, aten.linear.default):
+    products = (aten.mm.default, aten.addmm.default, aten.linear.default)
+    for node in _upwards(experts, stop=lambda n: _is(n, *products)):
+        if _is(node, *products):
             for argument in node.all_input_nodes:
                 source = placeholder_of(argument)
                 if source is not None and is_router(source):
@@ -308,8 +312,10 @@ def _permutation_source(perm: Node) -> Node:
 
 def _check_inverse(inverse: Node, perm: Node) -> None:
     _need(inverse, "the inverse permutation", aten.index_put.default)
-    indices, values = inverse.args[1], inverse.args[2]
-    if len(indices) != 1 or indices[0] is not perm or not _is(values, aten.arange.default, aten.arange.start_step):  # type: ignore[arg-type,index]
+    indices: Any = inverse.args[1]
+    values = inverse.args[2]
+    counts_up = _is(values, aten.arange.default, aten.arange.start_step)
+    if len(indices) != 1 or indices[0] is not perm or not counts_up:
         raise _Mismatch("the un-permute should invert the order of pairs")
 
 

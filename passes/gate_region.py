@@ -38,7 +38,8 @@ def classify_gate(first: Node, gated: Any) -> tuple[str, bool]:
             return name, False
         if (gate_half, up_half) == ("even", "odd"):
             return name, True
-        raise UnknownGate(f"gate and up should be the halves of the first product, got {gate_half} and {up_half}")
+        halves = f"{gate_half} and {up_half}"
+        raise UnknownGate(f"gate and up should be the halves of the first product, got {halves}")
     targets = [str(getattr(_uncast(a), "target", a)) for a in gated.args[:2]]
     raise UnknownGate(f"no activation known in {' * '.join(targets)}")
 

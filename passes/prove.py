@@ -1,7 +1,8 @@
-"""Prove one rewrite: the matched nodes and the op, run on the same random tokens with the layer's own weights.
+"""Prove one rewrite: run the matched nodes and the op on the same random tokens with the layer's own weights.
 
-With thresholds of minus infinity the op keeps every pair, so both must agree up to the order of additions. A layout,
-an activation or a weight order that was matched wrongly gives an error of the size of the output itself.
+With thresholds of minus infinity the op keeps every pair, so both must agree up to the order of additions. A
+layout, an activation or a weight order that was matched wrongly gives an error of the size of the output
+itself.
 """
 
 import math
@@ -19,7 +20,7 @@ from modes_fx.passes.find_blocks import Experts
 
 @dataclass(frozen=True)
 class Proof:
-    """The largest difference, and the largest that the dtype explains; both relative to the largest output."""
+    """The largest difference, and the largest that the dtype explains; relative to the largest output."""
 
     error: float
     allowed: float

@@ -2,16 +2,16 @@
 
 In order of preference:
 
-1.  The graph embeds token ids.           2.  Another graph of this call did.   3.  The graph gets embedded tokens.
+1.  The graph embeds token ids.       2.  Another graph of this call did.  3.  The graph gets embedded tokens.
 
-    before:  x = embedding(table, ids)        before:  (no ids)                     before:  inputs_embeds
-    after:   m = token_modality(ids)          after:   m = <one more input>         after:   m = rows_modality(
-             ...                                                                             inputs_embeds, table)
-             return (..., m)                                                                 return (..., m)
+    before:  x = embedding(table, ids)    before:  (no ids)                before:  inputs_embeds
+    after:   m = token_modality(ids)      after:   m = <one more input>    after:   m = rows_modality(
+             ...                                                                        inputs_embeds, table)
+             return (..., m)                                                        return (..., m)
 
 Graphs stay pure: who fills the added input and keeps the added output is the wrapper (`modes_fx.backend`). In
-case 3 the ids come back from the rows themselves, which are exact copies of rows of the embedding table; a row that
-is none is a visual token.
+case 3 the ids come back from the rows themselves, which are exact copies of rows of the embedding table; a
+row that is none is a visual token.
 """
 
 from typing import Any

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 
-from torch._dynamo.utils import counters
+import torch
 from torch._logging import trace_structured
 from torch.fx import GraphModule
 
@@ -26,7 +26,8 @@ def run_passes(
         pipeline: Passes, in order.
         disable: Names of passes to leave out; an unknown name is an error that lists the known.
     Returns:
-        How often each pass changed the graph, also in `unit.counts` and `torch._dynamo.utils.counters["modes_fx"]`.
+        How often each pass changed the graph, also in `unit.counts` and
+        `torch._dynamo.utils.counters["modes_fx"]`.
     """
     names = [each.__name__ for each in pipeline]
     if unknown := sorted(set(disable) - set(names)):
@@ -41,13 +42,15 @@ def run_passes(
             continue
         gm.graph.lint()
         gm.recompile()
-        counters["modes_fx"][each.__name__] += changes
+        # Not imported by name above: Dynamo loads Triton and takes seconds, and torch loads it on first use.
+        torch._dynamo.utils.counters["modes_fx"][each.__name__] += changes
         elapsed_ms = 1000 * (time.perf_counter() - start)
         grown = len(gm.graph.nodes) - before
         log.info("%s: %d rewrites, %+d nodes, %.1f ms", each.__name__, changes, grown, elapsed_ms)
+        metadata = {"name": f"modes_fx_after_{each.__name__}", "encoding": "string"}
         trace_structured(
             "artifact",
-            metadata_fn=lambda name=each.__name__: {"name": f"modes_fx_after_{name}", "encoding": "string"},
+            metadata_fn=lambda metadata=metadata: metadata,  # type: ignore[misc]
             payload_fn=lambda: gm.print_readable(print_output=False),
         )
     return unit.counts

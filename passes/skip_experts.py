@@ -4,9 +4,9 @@ before:  ids, perm = sort(experts); x = hidden[perm // K]; ...; out = sum(view(w
 after:   out = modes_fx.masked_moe(hidden, weights, weights, experts, modality, gate_up, down,
                                    alpha_text=…, alpha_vision=…, tau_text=…, tau_vision=…)
 
-The router stays as it is; the local score is the routing weight that enters the experts. Every rewrite is proved on
-the spot (`prove.py`). A block whose router the profile does not know is an error for the caller to raise; here it is
-reported and left alone.
+The router stays as it is; the local score is the routing weight that enters the experts. Every rewrite is
+proved on the spot (`prove.py`). A block whose router the profile does not know is an error for the caller to
+raise; here it is reported and left alone.
 """
 
 import torch
@@ -24,10 +24,11 @@ def skip_experts(gm: GraphModule, unit: Unit) -> int:
     count = 0
     for block in find_blocks(gm.graph):
         layer = None if block.router is None else unit.layer_of(block.router)
+        name = None if layer is None else layer.name
         if isinstance(block, Declined):
-            unit.blocks.append(BlockReport(layer and layer.name, False, block.reason))
+            unit.blocks.append(BlockReport(name, False, block.reason))
             continue
-        report = BlockReport(layer and layer.name, False, "", block.num_experts, block.top_k)
+        report = BlockReport(name, False, "", block.num_experts, block.top_k)
         unit.blocks.append(report)
         if block.router is None:
             report.reason = "its router was not found in this graph"
@@ -59,8 +60,17 @@ def _rewrite(gm: GraphModule, block: Experts, layer: Layer, unit: Unit) -> None:
     with graph.inserting_before(block.output):
         out = graph.call_function(
             masked_moe,
-            (block.hidden, block.weights, block.weights, block.experts, unit.modality, block.gate_up, block.down)
-            + (None, None),
+            (
+                block.hidden,
+                block.weights,
+                block.weights,
+                block.experts,
+                unit.modality,
+                block.gate_up,
+                block.down,
+                None,
+                None,
+            ),
             {
                 "alpha_text": layer.alpha_text,
                 "alpha_vision": layer.alpha_vision,

@@ -1,4 +1,4 @@
-"""What one compiled graph is to the passes: the profile, the real tensors behind its inputs, and what was done."""
+"""What one compiled graph is to the passes: the profile, the real tensors behind its inputs, its reports."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,8 +34,8 @@ class Unit:
 
     Attributes:
         profile: The constants to bake in.
-        inputs: The real tensors (and ints) that the graph's placeholders stand for, in order; what a pass reads
-            of a parameter it reads here, since the graph itself holds fake tensors.
+        inputs: The real tensors (and ints) that the graph's placeholders stand for, in order; what a pass
+            reads of a parameter it reads here, since the graph itself holds fake tensors.
         modality_is_known: Another graph of this call has seen the token ids.
         embeds: Index of the input that holds embedded tokens, or None.
         modality: The node of the tokens' modality, `[T]`, uint8, once a pass has provided it.
@@ -72,7 +72,7 @@ class Unit:
         return self.inputs[_index(placeholder)]
 
     def layer_of(self, router: Node) -> Layer | None:
-        """The profile's layer whose router weight this placeholder is, known by its numbers and not by a name."""
+        """The profile's layer whose router weight this placeholder is, known by its numbers, not by name."""
         return self.routers.get(_index(router))
 
     def layers(self) -> list[str]:
