@@ -27,6 +27,16 @@ RELATIONS = dict(
     object=0.5, category=0.6, color=0.8, tone=0.9, flag=0.6, digit=1.2, read=2.2, sum=2.2,
     count=2.2, exist=1.8, spatial=2.4, row=0.6,
 )  # fmt: skip
+# Finding a named thing in the picture, which counting, existence and neighbours all wait for.
+SEARCH = dict(
+    object=0.2, category=0.3, color=0.5, tone=0.7, flag=0.2, digit=1.0, read=1.5, sum=1.0,
+    count=2.5, exist=2.0, spatial=2.5, row=0.3,
+)  # fmt: skip
+# Counting and adding, which come last.
+NUMBERS = dict(
+    object=0.3, category=0.5, color=0.6, tone=0.8, flag=0.3, digit=0.8, read=1.8, sum=8.0,
+    count=3.2, exist=1.5, spatial=2.2, row=0.5,
+)  # fmt: skip
 
 
 @dataclass
@@ -63,14 +73,15 @@ def cut_patches(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(x.reshape(batch, -1, 3 * PATCH * PATCH).astype(np.float32) / 127.5 - 1.0)
 
 
-def hint(task: str, pair: tuple[str, str], scene: Scene) -> tuple[str, str]:
+def hint(task: str, pair: tuple[str, str], scene: Scene, spell: bool = False) -> tuple[str, str]:
     """Half of the way to a question's answer, as a question of its own that is not in the suite.
 
-    For a sum its addends by name; for a count and for a neighbour the cells where the thing stands, in order.
+    For a sum its addends by name, or, with `spell`, the sum of the same digits spelled out in the question; for
+    a count and for a neighbour the cells where the thing stands, in order.
     """
     if task == "sum":
         digits = [t.attribute for t in scene.cells if t is not None and t.kind == "digit"]
-        return "name the two digits", " ".join(digits)
+        return (f"add {' '.join(digits)}", pair[1]) if spell else ("name the two digits", " ".join(digits))
     word = pair[0].split()[-1]
     cells = [name for name, thing in zip(CELLS, scene.cells, strict=True) if thing and thing.word == word]
     return f"what is the {word} at", " ".join(cells) or "nothing"
@@ -86,8 +97,10 @@ class RowMaker:
         list_share: float,
         weights: dict[str, float],
         hints: dict[str, float],
+        sums: float = 0.0,
     ) -> None:
         self.words, self.length, self.list_share, self.hints = words, length, list_share, hints
+        self.sums, self.spell = sums, sums > 0
         self.tasks = list(weights)
         self.cuts = np.cumsum(list(weights.values())) / max(1e-9, sum(weights.values()))
 
@@ -96,7 +109,8 @@ class RowMaker:
         rows, scenes, easy = [], [], []
         for i in range(num_scenes):
             rng = np.random.default_rng([1, (step * world + rank) * num_scenes + i])
-            scene = draw_scene("train", rng)
+            mode = "two digits" if self.sums and rng.random() < self.sums else None
+            scene = draw_scene("train", rng, mode)
             scenes.append(render(scene, rng))
             rows.append(self.row(self._scene_questions(scene, rng), 6))
         rng = np.random.default_rng([55, step, rank])
@@ -127,7 +141,7 @@ class RowMaker:
             if pair is None:
                 continue
             if task in self.hints and rng.random() < self.hints[task]:
-                pair = hint(task, pair, scene)
+                pair = hint(task, pair, scene, self.spell and rng.random() < 0.4)
             if pair not in pairs:
                 pairs.append(pair)
         return pairs
