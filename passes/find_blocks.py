@@ -16,6 +16,7 @@ Nothing here changes a graph. A candidate (two grouped products that end in a su
 fit is returned as `Declined`, with the reason, so that a rewrite is never silently missing.
 """
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -303,8 +304,6 @@ def _split_weighting(weighted: Node) -> tuple[Node, Any]:
 
 
 def _permutation_source(perm: Node) -> Node:
-    import operator
-
     if not (_is(perm, operator.getitem) and perm.args[1] == 1):
         raise _Mismatch("pairs should be ordered by the indices of a sort")
     return _need(perm.args[0], "the order of pairs", aten.sort.default, aten.sort.stable)
@@ -325,7 +324,7 @@ def _check_offsets(offsets: Any, sort: Node, num_experts: int) -> None:
     if histogram.args[1:] != (num_experts, 0, num_experts - 1):
         raise _Mismatch(f"the counts should cover experts 0 to {num_experts - 1}, got {histogram.args[1:]}")
     sorted_ids = _skip(histogram.args[0], *_CAST)
-    if sorted_ids.args[0] is not sort:
+    if not (_is(sorted_ids, operator.getitem) and sorted_ids.args == (sort, 0)):
         raise _Mismatch("the counts are not those of the sorted expert ids")
 
 
