@@ -76,8 +76,8 @@ def cut_patches(pictures: np.ndarray) -> Tensor:
 def hint(task: str, pair: tuple[str, str], scene: Scene, spell: bool = False) -> tuple[str, str]:
     """Half of the way to a question's answer, as a question of its own that is not in the suite.
 
-    For a sum its addends by name, or, with `spell`, the sum of the same digits spelled out in the question; for
-    a count and for a neighbour the cells where the thing stands, in order.
+    For a sum its addends by name or, with `spell`, the sum of the same digits spelled out in the question;
+    for a count and for a neighbour the cells where the thing stands, in order.
     """
     if task == "sum":
         digits = [t.attribute for t in scene.cells if t is not None and t.kind == "digit"]

@@ -40,15 +40,15 @@ class Phase:
     flat: float = 0.0  # weight of the penalty on peaked routers
 
 
-# Listing all cells teaches perception fast, with big batches; relations need many small steps, and hints. Each
-# phase was chosen after a look at validation accuracy in the one before it.
+# Listing all cells teaches perception fast, with big batches; relations need many small steps, and hints.
+# Each phase was chosen after a look at validation accuracy in the one before it.
 PHASES = (
     Phase(997, 3e-3, 14, 3, 112, 1.0, PERCEPTION, {"sum": 0.5}),
     Phase(280, 3e-3, 9, 2, 128, 0.3, RELATIONS, {"sum": 0.5}),
     Phase(491, 3e-3, 9, 2, 128, 0.3, RELATIONS, {"sum": 0.3, "count": 0.4, "spatial": 0.4}),
     Phase(529, 2e-3, 9, 2, 128, 0.1, SEARCH, {"sum": 0.4, "count": 0.5, "spatial": 0.7}),
-    Phase(800, 2e-3, 9, 2, 128, 0.1, NUMBERS, {"sum": 0.35, "count": 0.2, "spatial": 0.2}, 0.35),
-    Phase(1300, 2e-3, 9, 2, 128, 0.1, NUMBERS, {"sum": 0.2, "count": 0.1, "spatial": 0.1}, 0.25, flat=1.0),
+    Phase(600, 2e-3, 9, 2, 128, 0.1, NUMBERS, {"sum": 0.35, "count": 0.2, "spatial": 0.2}, 0.35),
+    Phase(1100, 2e-3, 9, 2, 128, 0.1, NUMBERS, {"sum": 0.2, "count": 0.1, "spatial": 0.1}, 0.25, flat=1.0),
 )
 
 
@@ -60,7 +60,7 @@ class Recipe:
     world: int = 2
     seed: int = 0
     warmup: int = 100
-    decay: int = 1600  # the last steps, over which the learning rate falls to 2%
+    decay: int = 1400  # the last steps, over which the learning rate falls to 2%
     balance: float = 0.01  # weight of the load-balance loss
     hinge: float = 0.20  # sum of squared routing weights that costs nothing; 1/8 would be quite flat
 
