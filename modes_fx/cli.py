@@ -93,7 +93,8 @@ def search(
     ] = 0.01,
     grid: Annotated[int, typer.Option(min=1, help="Steps of the text threshold.")] = 100,
     exponent: Annotated[
-        list[float] | None, typer.Option(help="Power of alpha; give several and the best by KL is kept.")
+        list[float] | None,
+        typer.Option(help="Power of alpha; of several the best by KL is kept. [default: 1, 0.5, 0.25]"),
     ] = None,
 ) -> None:
     """Set a profile's two thresholds so that a wanted share of the experts is skipped.
@@ -111,7 +112,7 @@ def search(
         target_skip=target_skip,
         tolerance=tolerance,
         grid=grid,
-        exponents=exponent or [1.0],
+        exponents=exponent or None,
     )
     found.save(out or profile)
     _show(found, f"Wrote {out or profile}")

@@ -27,15 +27,14 @@ from modes_fx.plots import plot_alpha, plot_frontier, plot_skip
 from modes_fx.policies import reduce_k
 from modes_fx.profile import Profile, write_atomically
 from modes_fx.progress import progress_bar
-from modes_fx.search import Point, ThresholdSearch, apply
+from modes_fx.search import Point, ThresholdSearch, apply, choose_exponent
 from modes_fx.skipping import Counts, block_alphas, simulate, thresholds
 from modes_fx.tables import print_results
 from modes_fx.timing import decode_ms, one_thread, prefill_ms
 
 # Skip rates of the policy table; the paper's tables have these for eight experts per token.
 _TARGETS = (0.5, 0.67, 0.83)
-_EXPONENTS = (1.0, 0.5, 0.25, 0.0)
-_GRID = 20
+_GRID = 16
 _NEW_TOKENS = 16
 
 
@@ -130,8 +129,7 @@ def _search(
     with progress_bar("search", None, enabled=progress) as bar:
         plain = ThresholdSearch(model, batches, profile, bar=bar)
         # The power of alpha is chosen at the wanted rate; the rest of the frontier keeps it.
-        tries = [plain if power == 1 else plain.tempered(power) for power in _EXPONENTS]
-        best = min(tries, key=lambda each: each.find(target, grid=_GRID).kl)
+        best = choose_exponent(plain, target, grid=_GRID)
         points = {rate: best.find(rate, grid=_GRID) for rate in sorted({*_TARGETS, target})}
     chosen = {rate: apply(best.profile, point, rate) for rate, point in points.items()}
     return chosen[target], chosen, best.points
