@@ -39,7 +39,7 @@ class Run(threading.local):
         self.taken: set[int] = set()
         self.last = -1
         self.short_passes = 0
-        self.warned = False
+        self.warned: set[str] = set()
         self.executed = [0] * len(self.names)
 
     def modality_is_known(self) -> bool:
@@ -47,7 +47,15 @@ class Run(threading.local):
         return self.modality is not None and len(self.taken) < len(self.names)
 
     def give(self, modality: Tensor) -> None:
-        """A graph has seen the token ids of this call."""
+        """A graph has seen the token ids of this call.
+
+        Raises:
+            RewriteError: No layer at all took those of the two calls before, with `strict`.
+        """
+        ignored = self.modality is not None and not self.taken
+        self.short_passes = self.short_passes + 1 if ignored else self.short_passes
+        if ignored and self.short_passes > 1:
+            self._complain(range(len(self.names)))
         self.modality = modality
         self.taken = set()
 
@@ -69,7 +77,8 @@ class Run(threading.local):
         for layer in layers:
             if layer <= self.last:
                 self._finish_pass()
-            elif layer > self.last + 1:
+            # Also right after a finished pass: the next one may start with a gap.
+            if layer > self.last + 1:
                 self._complain(range(self.last + 1, layer))
             self.last = layer
             self.executed[layer] += 1
@@ -91,19 +100,20 @@ class Run(threading.local):
         self.last, self.short_passes = -1, 0
         if self.strict:
             raise RewriteError(message)
-        if not self.warned:
-            self.warned = True
-            warnings.warn(message, stacklevel=2)
+        self._warn_once("layers", message)
 
     def warn_unknown(self) -> None:
         """Say once that this call skips nothing."""
-        if not self.warned:
-            self.warned = True
-            warnings.warn(
-                "The modality of the tokens is unknown, so nothing is skipped: no graph of this call saw "
-                "input_ids or rows of the token embedding. Call the model with input_ids.",
-                stacklevel=2,
-            )
+        self._warn_once(
+            "modality",
+            "The modality of the tokens is unknown, so nothing is skipped: no graph of this call saw "
+            "input_ids or rows of the token embedding. Call the model with input_ids.",
+        )
+
+    def _warn_once(self, about: str, message: str) -> None:
+        if about not in self.warned:
+            self.warned.add(about)
+            warnings.warn(message, stacklevel=3)
 
 
 class RewrittenGraph:

@@ -73,9 +73,9 @@ def prove(block: Experts, gate_up: Tensor, down: Tensor) -> Proof:
         ).double()
         scale = want.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
         error = ((got - want).abs().max() / scale).item()
-    # Results are stored in the weights' dtype, some times over; products add up in float32, whatever the dtype,
-    # and there rounding errors grow like the root of the length. In bfloat16 a sound rewrite is off by less than
-    # one eps, another activation by ten and more.
+    # Results are stored in the weights' dtype, some times over; products add up in float32, whatever that is,
+    # and there rounding errors grow like the root of the length. In bfloat16 a sound rewrite is off by less
+    # than one eps, swapped halves by a hundred.
     length = max(gate_up.shape[1:])
     stored, added = torch.finfo(gate_up.dtype).eps, torch.finfo(torch.float32).eps
     allowed = 4 * stored + 8 * added * math.sqrt(length)
