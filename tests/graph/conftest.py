@@ -56,7 +56,9 @@ class Traced(NamedTuple):
         return self.inputs[[n for n in self.graph.nodes if n.op == "placeholder"].index(placeholder)]
 
 
-def traced_graphs(function: Callable[..., Any], *, dynamic: bool | None = None, **inputs: Any) -> list[Traced]:
+def traced_graphs(
+    function: Callable[..., Any], *, dynamic: bool | None = None, **inputs: Any
+) -> list[Traced]:
     graphs: list[Traced] = []
 
     def backend(gm: GraphModule, example_inputs: Any) -> Any:
@@ -83,7 +85,7 @@ def only(graphs: list[Traced]) -> Traced:
 
 @pytest.fixture(scope="session")
 def trace() -> Callable[..., list[Traced]]:
-    """`trace(function, dynamic=None, **inputs)`: its aten graphs, in the order in which they were compiled."""
+    """`trace(function, dynamic=None, **inputs)`: its aten graphs, in the order of their compilation."""
     return traced_graphs
 
 

@@ -1,4 +1,4 @@
-"""find_blocks: one match per layer in every graph, nothing changed by looking, and no match but the real one."""
+"""find_blocks and prove: one match per layer in every graph, and no match that means something else."""
 
 import dataclasses
 import operator

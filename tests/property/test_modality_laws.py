@@ -8,6 +8,7 @@ from modes_fx.modality import OTHER, TEXT, VISION, token_modality
 
 # A small vocabulary, so that the sets meet each other and the tokens.
 IDS = st.lists(st.integers(0, 40), max_size=12)
+DTYPES = (torch.int32, torch.int64)
 TOKENS = st.lists(st.integers(0, 45), max_size=30)
 
 
@@ -36,7 +37,7 @@ def test_order_and_repetition_of_the_sets_do_not_matter(tokens, visual, special,
     assert torch.equal(token_modality(ids, visual, special), token_modality(ids, *shuffled))
 
 
-@given(st.lists(st.integers(0, 45), min_size=6, max_size=6), IDS, IDS, st.sampled_from([torch.int32, torch.int64]))
+@given(st.lists(st.integers(0, 45), min_size=6, max_size=6), IDS, IDS, st.sampled_from(DTYPES))
 def test_shape_is_kept_and_each_token_stands_alone(tokens, visual, special, dtype):
     flat = torch.tensor(tokens, dtype=dtype)
     square = token_modality(flat.reshape(2, 3), visual, special)

@@ -31,8 +31,21 @@ def test_passes_and_kernels_are_importable_under_the_package():
     assert fresh("import modes_fx.passes, modes_fx.kernels.masked_moe; print('ok')") == "ok"
 
 
-# What only compiling, drawing or loading a model needs. rich: modes_fx.progress imports it, by way of calibrate.
-@pytest.mark.parametrize("heavy", ["triton", "transformers", "matplotlib", "torch._dynamo", "torch._inductor"])
+# What only compiling, drawing or loading a model needs.
+@pytest.mark.parametrize(
+    "heavy",
+    [
+        "triton",
+        "transformers",
+        "matplotlib",
+        "torch._dynamo",
+        "torch._inductor",
+        pytest.param(
+            "rich",
+            marks=pytest.mark.xfail(strict=True, reason="modes_fx.progress imports it, by way of calibrate"),
+        ),
+    ],
+)
 def test_importing_the_package_does_not_import(heavy):
     assert fresh(f"import sys, modes_fx; print({heavy!r} in sys.modules)") == "False"
 
@@ -41,7 +54,8 @@ def test_the_op_can_be_traced_without_triton():
     code = (
         "import sys, torch; from modes_fx.kernels.masked_moe import masked_moe as op; "
         "x = torch.empty(3, 4, device='meta'); w = torch.empty(2, 8, 4, device='meta'); "
-        "op(x, x, x, x.long(), None, w, w, None, None, alpha_text=1., alpha_vision=1., tau_text=0., tau_vision=0.); "
+        "op(x, x, x, x.long(), None, w, w, None, None, "
+        "alpha_text=1., alpha_vision=1., tau_text=0., tau_vision=0.); "
         "print('triton' in sys.modules)"
     )
     assert fresh(code) == "False"
@@ -62,5 +76,5 @@ def test_each_pass_lives_in_a_file_of_its_name(each):
 def test_every_public_name_of_the_package_is_there():
     import modes_fx
 
-    for name in ("backend", "calibrate", "search", "explain", "Profile", "Layer", "ModesError", "RewriteError"):
+    for name in ("backend", "calibrate", "search", "explain", "Profile", "ModesError", "RewriteError"):
         assert callable(getattr(modes_fx, name)), name
