@@ -42,7 +42,10 @@ def find_token_ids(graph: Graph, unit: Unit) -> Node | None:
         if node.op == "call_function" and node.target is aten.embedding.default:
             table, ids = node.args[:2]
             source = placeholder_of(table)
-            if source is not None and is_token_embedding(unit.profile, unit.real(source)):
+            # Models also look up single tokens, to compare embeddings with them; those are no [B, S].
+            if source is None or ids.meta["val"].dim() != 2:
+                continue
+            if is_token_embedding(unit.profile, unit.real(source)):
                 return ids
     return None
 
