@@ -93,15 +93,28 @@ class Backend:
     def __name__(self) -> str:
         return "modes_fx"
 
-    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+    def __call__(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Compile one of Dynamo's graphs; `mode` and `options` are torch.compile's, for Inductor."""
+        patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
+        with torch._inductor.config.patch(patches), torch.no_grad():
+            return self._compile(gm, example_inputs)
+
+    def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         # Dynamo's settings belong to a thread, and this one may not be the one that made the backend.
         raise_recompile_limit(len(self.profile.layers))
         inputs = list(example_inputs)
-        unit = Unit(self.profile, inputs, modality_is_known=self.run.modality_is_known())
+        unit = Unit(self.profile, inputs)
+        unit.modality_is_known = self.run.modality_is_known([layer.name for layer in unit.routers.values()])
         has_tokens = _looks_up_tokens(gm, unit)
         if not unit.routers and not has_tokens and not _has_experts(gm):
-            with torch.no_grad():
-                return compile_graph(gm, inputs, self.lowering)
+            return compile_graph(gm, inputs, self.lowering)
         table = None
         if not unit.modality_is_known and not has_tokens:
             table, unit.embeds = self._embedded_tokens(inputs)
@@ -112,9 +125,9 @@ class Backend:
             return lambda compiled: RewrittenGraph(compiled, unit, self.run, table)
 
         _guard_on(gm, unit.routers)
-        with torch.no_grad():
-            compiled = compile_graph(gm, inputs, self.lowering, rewrite)
-        unit.inputs = []  # Only needed while compiling; would keep activations alive.
+        compiled = compile_graph(gm, inputs, self.lowering, rewrite)
+        # Only needed while compiling; they would keep activations and the graph alive.
+        unit.inputs, unit.modality = [], None
         self.graphs.append(unit)
         return compiled
 
@@ -131,6 +144,8 @@ class Backend:
 
     def _check(self, unit: Unit) -> None:
         """Every router of the profile in this graph has its block rewritten, and no block is left alone."""
+        if "skip_experts" in self.disable:
+            return
         done = unit.layers()
         for block in unit.blocks:
             if block.rewritten:
@@ -153,7 +168,7 @@ class Backend:
             log.warning("The modality of %s cannot be told in this graph.", ", ".join(unit.layers()))
 
     def _complain(self, message: str) -> None:
-        if self.strict and "skip_experts" not in self.disable:
+        if self.strict:
             raise RewriteError(message + " Pass strict=False to run it unskipped.")
         warnings.warn(message + " It runs unskipped.", stacklevel=2)
 

@@ -38,9 +38,13 @@ def compile_graph(
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._inductor import compile_fx as inductor
 
+    # A no_grad in the model ends by switching gradients on again, where the caller has them on.
+    for node in gm.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+        gm.graph.erase_node(node)
+    gm.recompile()
     if rewrite is None:
         if lowering == "eager":
-            return gm.forward
+            return torch.no_grad()(gm.forward)
         return inductor.compile_fx(gm, list(inputs))  # type: ignore[return-value]
     num_outputs = inductor.get_num_model_outputs(gm)
     extra = inductor.create_compiler_config_extra(gm)
