@@ -57,13 +57,21 @@ def masked_moe_cpu(
 def _grouped_product(rows: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     """`rows[i] @ weights[ids[i]]` for sorted `ids`: `[P, A], [E, A, B], [P] -> [P, B]`.
 
-    torch's grouped product costs one small call for each expert, with rows or without; with few rows, as in decode,
-    going through the experts that have some is quicker (bench: from about E / 2 pairs on the grouped one wins).
+    torch's grouped product costs one small call for each expert, with rows or without; with few rows, as in
+    decode, going through the experts that have some is quicker (`bench/grouped_product.py`).
     """
     num_experts = weights.shape[0]
     if 2 * rows.shape[0] > num_experts and _grouped_mm_takes(rows, weights):
-        offsets = torch.bincount(ids, minlength=num_experts).cumsum(0).to(torch.int32)
-        return F.grouped_mm(rows, weights, offs=offsets)
+        return _grouped_mm(rows, weights, ids)
+    return _loop(rows, weights, ids)
+
+
+def _grouped_mm(rows: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    offsets = torch.bincount(ids, minlength=weights.shape[0]).cumsum(0).to(torch.int32)
+    return F.grouped_mm(rows, weights, offs=offsets)
+
+
+def _loop(rows: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     out = rows.new_empty(rows.shape[0], weights.shape[-1])
     hit, counts = torch.unique_consecutive(ids, return_counts=True)
     start = 0

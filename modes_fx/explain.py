@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from modes_fx.backend import Backend
+from modes_fx.errors import ModesError
 from modes_fx.profile import Profile
 
 if TYPE_CHECKING:
@@ -116,10 +117,17 @@ def explain(model: nn.Module, profile: Profile | str | os.PathLike[str], **input
     # The lowering does not matter to what is found, and this one compiles quickly.
     backend = Backend(profile, strict=False, lowering="eager")
     inner = getattr(model, "_orig_mod", model)
+    from torch._dynamo.exc import BackendCompilerFailed
+
     compiled = torch.compile(inner.forward, backend=backend)
     with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        compiled(**inputs)
+        try:
+            compiled(**inputs)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, ModesError):
+                raise error.inner_exception from None
+            raise
     said = dict.fromkeys(str(w.message) for w in caught if "skipped" in str(w.message))
     passes: Counter[str] = Counter()
     for unit in backend.graphs:

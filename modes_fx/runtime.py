@@ -7,6 +7,7 @@ import logging
 import sys
 import threading
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -42,9 +43,10 @@ class Run(threading.local):
         self.warned: set[str] = set()
         self.executed = [0] * len(self.names)
 
-    def modality_is_known(self) -> bool:
-        """A graph of this call has given a modality that its next layer may take."""
-        return self.modality is not None and len(self.taken) < len(self.names)
+    def modality_is_known(self, layers: Collection[str] = ()) -> bool:
+        """A graph of this call has given a modality, and none of these layers has taken it yet."""
+        left = len(self.taken) < len(self.names) and not self.taken & {self.order[name] for name in layers}
+        return self.modality is not None and left
 
     def give(self, modality: Tensor) -> None:
         """A graph has seen the token ids of this call.
