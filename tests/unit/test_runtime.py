@@ -209,7 +209,8 @@ def test_the_table_is_sorted_and_knows_each_token(weight, profile):
     keys = table.keys()
     assert (keys.dtype, table.modality().dtype) == (torch.int64, torch.uint8)
     assert torch.equal(keys, keys.sort().values)
-    assert modality_of(table, weight.detach()) == [OTHER, *[TEXT] * 4, VISION, *[TEXT] * 6, OTHER, *[TEXT] * 7]
+    want = [OTHER, *[TEXT] * 4, VISION, *[TEXT] * 6, OTHER, *[TEXT] * 7]
+    assert modality_of(table, weight.detach()) == want
 
 
 def test_the_table_follows_the_weight_in_place(weight, profile):
