@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 class Bar:
     """Counts steps and shows a note beside them; with `progress=None` it does nothing."""
 
-    def __init__(self, progress: Progress | None = None, task: TaskID | None = None) -> None:
+    def __init__(self, progress: "Progress | None" = None, task: "TaskID | None" = None) -> None:
         self._progress, self._task = progress, task
 
     def step(self, count: int = 1) -> None:
@@ -33,6 +34,10 @@ def progress_bar(description: str, total: int | None, *, enabled: bool) -> Itera
     if not enabled:
         yield Bar()
         return
+    # Here, so that a process which only compiles does not load it.
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

@@ -222,7 +222,9 @@ class EmbeddingTable:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        state = (self.weight.data_ptr(), self.weight._version)
+        # Weights that were made under inference mode have no version to look at.
+        version = 0 if self.weight.is_inference() else self.weight._version
+        state = (self.weight.data_ptr(), version)
         if state == self._state:
             return
         profile = self.profile

@@ -40,10 +40,7 @@ def test_passes_and_kernels_are_importable_under_the_package():
         "matplotlib",
         "torch._dynamo",
         "torch._inductor",
-        pytest.param(
-            "rich",
-            marks=pytest.mark.xfail(strict=True, reason="modes_fx.progress imports it, by way of calibrate"),
-        ),
+        "rich",
     ],
 )
 def test_importing_the_package_does_not_import(heavy):
