@@ -42,7 +42,7 @@ def demo(
     ),
     target: Annotated[float, typer.Option(min=0, max=1, help="Wanted skip rate.")] = 0.83,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 130,
-    test_samples: Annotated[int, typer.Option(min=1, help="Test samples.")] = 260,
+    test_samples: Annotated[int, typer.Option(min=1, help="Test samples.")] = 208,
     rounds: Annotated[int, typer.Option(min=0, help="Timed rounds; 0 leaves timing out.")] = 7,
 ) -> None:
     """Calibrate, search, compile and compare the small trained model that comes with modes_fx.
