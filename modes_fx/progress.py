@@ -22,11 +22,6 @@ class Bar:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, note=text)
 
-    def total(self, total: int) -> None:
-        """Correct the expected number of steps."""
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, total=total)
-
 
 @contextmanager
 def progress_bar(description: str, total: int | None, *, enabled: bool) -> Iterator[Bar]:
