@@ -87,7 +87,7 @@ def _policy_table(results: "Results") -> Table:
 
 
 def _time_table(results: "Results") -> Table:
-    title = "CPU time on one thread, medians, ratio to eager in brackets"
+    title = "CPU time on one thread, medians, ratio to eager in brackets; vision tower eager"
     table = Table("model", "prefill, 16 rows (ms)", "decode (ms per token)", title=title)
     for name in results.prefill_ms:
         cells = (
