@@ -94,7 +94,7 @@ def search(
     grid: Annotated[int, typer.Option(min=1, help="Steps of the text threshold.")] = 100,
     exponent: Annotated[
         list[float] | None,
-        typer.Option(help="Power of alpha; of several the best by KL is kept. [default: 1, 0.5, 0.25]"),
+        typer.Option(help="Power of alpha; of several the best by KL is kept. [default: 1, 0.5, 0.25, 0]"),
     ] = None,
 ) -> None:
     """Set a profile's two thresholds so that a wanted share of the experts is skipped.

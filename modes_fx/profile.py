@@ -194,11 +194,13 @@ class Profile:
 
     def tempered(self, exponent: float) -> "Profile":
         """A copy with alpha**exponent, summing to one again, thresholds at zero: 1 is the paper's alpha,
-        0 switches alpha off and leaves the two thresholds on the routing weights (its "DMT" ablation)."""
+        0 switches alpha off and leaves the two thresholds on the routing weights (its "DMT" ablation).
+        An alpha of zero stays zero."""
         if not math.isfinite(exponent) or exponent < 0:
             raise ProfileError(f"exponent: needed a finite number >= 0, got {exponent}.")
-        text = normalise([layer.alpha_text**exponent for layer in self.layers])
-        vision = normalise([layer.alpha_vision**exponent for layer in self.layers])
+        # What reaches no answer stays free to drop at every power, 0 included.
+        text = normalise([a**exponent if (a := layer.alpha_text) else 0.0 for layer in self.layers])
+        vision = normalise([a**exponent if (a := layer.alpha_vision) else 0.0 for layer in self.layers])
         layers = tuple(
             dataclasses.replace(layer, alpha_text=t, alpha_vision=v)
             for layer, t, v in zip(self.layers, text, vision, strict=True)

@@ -87,6 +87,8 @@ def test_layer_for_finds_by_fingerprint():
 def test_tempering_flattens_alpha_and_keeps_its_sum():
     flat = profile().tempered(0)
     assert [entry.alpha_text for entry in flat.layers] == [0.5, 0.5]
+    useless = profile(layers=(layer(0), layer(1), layer(2, alpha_vision=0.0))).tempered(0)
+    assert [entry.alpha_vision for entry in useless.layers] == [0.5, 0.5, 0.0]
     same = profile().tempered(1)
     assert [entry.alpha_text for entry in same.layers] == pytest.approx([1 / 3, 2 / 3])
     with pytest.raises(ProfileError, match="exponent: needed a finite number >= 0, got -1"):
