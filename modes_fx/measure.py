@@ -177,11 +177,15 @@ def no_answers(num_batches: int) -> str:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the modes of all modules are put back as they were."""
+    """Evaluation mode without gradients; the modes of all modules are put back as they were.
+
+    A model that was compiled in place runs eagerly meanwhile: the hooks must see every layer, and what is
+    measured must not skip already.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module in training:

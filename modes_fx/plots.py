@@ -58,7 +58,7 @@ def plot_frontier(
     axes.set(xlabel="measured skip rate (%)", ylabel="KL (nats per answer token)", title="Frontier")
     if all(kl > 0 for points in policies.values() for _, kl in points):
         axes.set_yscale("log")
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
     _save(figure, path)
 
 
@@ -76,7 +76,7 @@ def _bars(axes: Any, text: Sequence[float], vision: Sequence[float]) -> None:
     axes.bar([place + 0.2 for place in places], vision, width=0.4, color=_VISION, label="vision")
     if len(text) <= 24:
         axes.set_xticks(list(places))
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -174,3 +174,15 @@ def test_embedded_tokens_are_read_back_from_their_rows(oracle):
 
 def test_the_pipeline_is_one_literal_list():
     assert [each.__name__ for each in passes.PIPELINE] == ["provide_modality", "skip_experts", "drop_dead_code"]
+
+
+def test_measuring_a_model_that_was_compiled_in_place_measures_the_original():
+    model = tiny_qwen3_vl_moe()
+    batch = tiny_inputs()
+    batch["labels"] = batch["input_ids"].where(torch.arange(batch["input_ids"].shape[1]) > 10, -100)
+    options = {"special_token_ids": (0, 1, 2, 3, 4), "progress": False}
+    want = modes_fx.calibrate(model, [batch], **options)
+    backend = eager(tiny_profile(model, tau_text=float("inf"), tau_vision=float("inf")))
+    model.compile(backend=backend)
+    assert modes_fx.calibrate(model, [batch], **options).layers == want.layers
+    assert backend.run.executed == [0, 0, 0]
