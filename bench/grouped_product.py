@@ -2,8 +2,8 @@
 
     python bench/grouped_product.py
 
-Prints loop time / grouped time for one product, by kept pairs per expert; above 1 the grouped product wins. One
-thread, CPU time, both in one process and interleaved, medians of 15 rounds and the range of the ratio.
+Prints loop time / grouped time for one product, by kept pairs per expert; above 1 the grouped product wins.
+One thread, CPU time, both in one process and interleaved, medians of 15 rounds and the range of the ratio.
 """
 
 import statistics

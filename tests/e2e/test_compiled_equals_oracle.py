@@ -1,4 +1,4 @@
-"""The compiled model gives the logits of the unedited model with dropped pairs at weight zero, at every position."""
+"""The compiled model gives the logits of the unedited one with dropped pairs at weight zero, everywhere."""
 
 import pytest
 import torch
@@ -30,22 +30,24 @@ def compile_model(how: str, model: torch.nn.Module, backend: modes_fx.Backend) -
     [
         ("torch.compile(model)", 0.5),
         ("model.compile()", 0.83),
-        *(("language model", skip) for skip in (0.0, 0.5, 0.83, 1.0)),
+        *(("language model", skip) for skip in (0.5, 0.83, 1.0)),
     ],
 )
 @torch.no_grad()
 def test_with_and_without_a_picture_at_several_lengths(how, skip, oracle, thresholds_at):
     model = tiny_qwen3_vl_moe()
     profile = thresholds_at(model, tiny_profile(model), CALLS[0], skip)
+    # Whole models take long to trace, for the vision tower's many graph breaks.
+    calls = CALLS if how == "language model" else CALLS[:2]
     wanted = []
     truth = oracle(model, profile)
-    for inputs in CALLS:
+    for inputs in calls:
         with truth():
             wanted.append(model(**inputs).logits)
-        assert (truth.skip > 0) == (skip > 0)
+        assert truth.skip > 0
     backend = modes_fx.backend(profile, lowering="eager")
     compiled = compile_model(how, model, backend)
-    for number, (inputs, want) in enumerate(zip(CALLS, wanted, strict=True), start=1):
+    for number, (inputs, want) in enumerate(zip(calls, wanted, strict=True), start=1):
         torch.testing.assert_close(compiled(**inputs).logits, want, atol=ATOL, rtol=0)
         assert backend.run.executed == [number] * len(profile.layers)
 
@@ -57,7 +59,10 @@ def test_each_step_of_generate(how, grid, oracle, thresholds_at):
     model = tiny_qwen3_vl_moe()
     inputs = tiny_inputs(grid=grid)
     profile = thresholds_at(model, tiny_profile(model), tiny_inputs(), 0.5)
-    options = {"max_new_tokens": 16, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options = {
+        **{"max_new_tokens": 16, "do_sample": False},
+        **{"output_logits": True, "return_dict_in_generate": True},
+    }
     with oracle(model, profile)():
         want = model.generate(**inputs, **options)
     unskipped = model.generate(**inputs, **options)

@@ -1,4 +1,4 @@
-"""The shipped model through Inductor: what a user compiles gives what the oracle gives, prefill and decode."""
+"""The shipped model through Inductor gives what the oracle gives, in prefill and at each step of decode."""
 
 import copy
 
@@ -37,6 +37,10 @@ def test_prefill_and_sixteen_tokens_equal_the_oracle(skip, loaded, oracle, thres
         assert truth.skip == pytest.approx(skip * (1 - special_share(batch, profile)), abs=0.03)
         wanted = [model.generate(**inputs, **options) for inputs in (with_picture, without)]
     backend = modes_fx.backend(profile)
+    if skip != 0.83:
+        # Compiled whole once; the vision tower has no experts and takes longer to trace than all the rest.
+        tower = model.get_encoder("image")
+        tower.forward = torch.compiler.disable(tower.forward)
     model.compile(backend=backend)
     torch.testing.assert_close(model(**batch).logits, want_batch, atol=ATOL, rtol=0)
     for inputs, want in zip((with_picture, without), wanted, strict=True):

@@ -45,8 +45,10 @@ def test_a_layer_is_known_by_its_router_and_not_by_its_name(oracle):
     model = tiny_qwen3_vl_moe()
     profile = tiny_profile(model)
     names = ["one", "two", "three"]
-    layers = [dataclasses.replace(layer, name=name) for layer, name in zip(profile.layers, names, strict=True)]
-    renamed = dataclasses.replace(profile, layers=tuple(layers))
+    pairs = zip(profile.layers, names, strict=True)
+    renamed = dataclasses.replace(
+        profile, layers=tuple(dataclasses.replace(layer, name=name) for layer, name in pairs)
+    )
     inputs = tiny_inputs(grid=None)
     with oracle(model, profile)():
         want = model(**inputs).logits
@@ -92,7 +94,7 @@ def test_a_picture_of_an_earlier_call_is_not_used_again(oracle):
 
 @torch.no_grad()
 def test_every_layer_runs_compiled_on_every_length():
-    # With torch's own limit of 8 recompiles, 7 of 12 layers ran compiled on the first length and 0 on the second.
+    # With torch's own limit of 8, of 12 layers 7 ran compiled on the first length and 0 on the second.
     model = tiny_qwen3_vl_moe(num_layers=10)
     backend = eager(tiny_profile(model))
     model.model.language_model.compile(backend=backend)
@@ -173,7 +175,8 @@ def test_embedded_tokens_are_read_back_from_their_rows(oracle):
 
 
 def test_the_pipeline_is_one_literal_list():
-    assert [each.__name__ for each in passes.PIPELINE] == ["provide_modality", "skip_experts", "drop_dead_code"]
+    names = ["provide_modality", "skip_experts", "drop_dead_code"]
+    assert [each.__name__ for each in passes.PIPELINE] == names
 
 
 def test_measuring_a_model_that_was_compiled_in_place_measures_the_original():
