@@ -2,8 +2,8 @@
 
     python bench/exponents.py [--target 0.83]
 
-1 is the paper's alpha (one per layer and modality), 0 two thresholds on the routing weights alone, but for alphas
-of zero, which stay zero. Thresholds are searched on the calibration split and measured on the test split.
+1 is the paper's alpha (one per layer and modality), 0 two thresholds on the routing weights alone, but for
+alphas of zero, which stay zero. Searched on the calibration split, measured on the test split.
 """
 
 import argparse
