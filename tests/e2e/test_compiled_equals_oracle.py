@@ -76,6 +76,25 @@ def test_each_step_of_generate(how, grid, oracle, thresholds_at):
 
 
 @torch.no_grad()
+def test_generate_with_a_static_cache(oracle):
+    model = tiny_qwen3_vl_moe()
+    profile = tiny_profile(model)
+    inputs = tiny_inputs()
+    options = {
+        **{"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"},
+        **{"disable_compile": True, "output_logits": True, "return_dict_in_generate": True},
+    }
+    with oracle(model, profile)():
+        want = model.generate(**inputs, **options)
+    backend = modes_fx.backend(profile, lowering="eager")
+    # disable_compile is about transformers' own compilation; the model is compiled in place already.
+    model.compile(backend=backend)
+    got = model.generate(**inputs, **options)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=ATOL, rtol=0)
+    assert backend.run.executed == [6] * len(profile.layers)
+
+
+@torch.no_grad()
 def test_thresholds_of_zero_give_the_eager_model(oracle):
     model = tiny_qwen3_vl_moe()
     profile = tiny_profile(model, tau_text=0.0, tau_vision=0.0)
