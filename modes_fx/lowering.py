@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
-# Takes its arguments as one list, which it may empty; returns a list or tuple of outputs.
+# Takes its arguments as one list, which it may empty (it says so with `_boxed_call`); returns its outputs.
 Compiled = Callable[[list[Any]], Sequence[Any]]
 # Edits the aten graph in place; returns what wraps the compiled graph, to feed and take what the edit added.
 Rewrite = Callable[[GraphModule], Callable[[Compiled], Compiled]]
@@ -54,7 +54,7 @@ def compile_graph(
         placeholders = [node for node in aten_gm.graph.nodes if node.op == "placeholder"]
         fake_inputs = [*fake_inputs, *(node.meta["val"] for node in placeholders[len(fake_inputs) :])]
         if lowering == "eager":
-            return boxed(wrap(make_boxed_func(aten_gm)))
+            return wrap(make_boxed_func(aten_gm))
         decomposed = decompose(aten_gm, fake_inputs)
         compiled = inductor.compile_fx_forward(
             decomposed,
@@ -64,7 +64,7 @@ def compile_graph(
             compiler_config_extra=extra,
             is_inference=True,
         )
-        return boxed(wrap(compiled))
+        return wrap(compiled)
 
     with _inductor_context(inputs):
         return aot_autograd(
@@ -82,13 +82,6 @@ def decompose(gm: GraphModule, fake_inputs: Sequence[Any]) -> GraphModule:
     mode = detect_fake_mode(fake_inputs) or contextlib.nullcontext()
     with mode, preserve_node_meta():
         return make_fx(Interpreter(gm).run, decomposition_table=select_decomp_table())(*fake_inputs)
-
-
-def boxed(compiled: Compiled) -> Compiled:
-    """Mark a function as taking its arguments in one list, so that it may free them early."""
-    if not getattr(compiled, "_boxed_call", False):
-        compiled._boxed_call = True  # type: ignore[attr-defined]
-    return compiled
 
 
 @contextlib.contextmanager

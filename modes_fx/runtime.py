@@ -121,6 +121,7 @@ class Run(threading.local):
 class RewrittenGraph:
     """A compiled graph, fed with the inputs that the passes added, rid of the outputs that they added."""
 
+    # Takes its arguments as one list, so that the compiled graph may free them early.
     _boxed_call = True
 
     def __init__(self, compiled: Compiled, unit: Unit, run: Run, table: "EmbeddingTable | None") -> None:
@@ -134,7 +135,6 @@ class RewrittenGraph:
         self.num_tokens = _TokenCount(unit)
 
     def __call__(self, args: list[Any]) -> Any:
-        args = list(args)
         for name in self.extra_inputs:
             if name == MODALITY:
                 args.append(self._modality(args))

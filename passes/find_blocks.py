@@ -107,10 +107,10 @@ def find_blocks(graph: Graph) -> list[Experts | Declined]:
     return found
 
 
-def placeholder_of(node: Node, through: tuple[Any, ...] = ()) -> Node | None:
+def placeholder_of(node: Node) -> Node | None:
     """The placeholder that `node` is a view or copy of, or None."""
     while node.op != "placeholder":
-        if node.op != "call_function" or node.target not in (*_LAYOUT_ONLY, *through):
+        if node.op != "call_function" or node.target not in _LAYOUT_ONLY:
             return None
         node = node.args[0]  # type: ignore[assignment]
     return node

@@ -9,7 +9,7 @@ In order of preference:
              ...                                                                        inputs_embeds, table)
              return (..., m)                                                        return (..., m)
 
-Graphs stay pure: who fills the added input and keeps the added output is the wrapper (`modes_fx.backend`). In
+Graphs stay pure: who fills the added input and keeps the added output is the wrapper (`modes_fx.runtime`). In
 case 3 the ids come back from the rows themselves, which are exact copies of rows of the embedding table; a
 row that is none is a visual token.
 """

@@ -208,7 +208,7 @@ def test_the_vision_tower_runs_once_per_batch_and_gives_the_same(model, batches)
 
 
 class Killed(Exception):
-    pass
+    """What stops a calibration half way."""
 
 
 class KilledAt(list[Any]):
