@@ -35,6 +35,9 @@ class Layer:
         num_experts: Routed experts of the block.
         top_k: Routed experts that each token chooses, before any skipping.
         fingerprint: `fingerprint(router weight)`; this, not the name, is how a block is recognised.
+        weight_scale: The routed scaling factor that the model has folded into its routing weights, finite and
+            > 0. The score that alpha multiplies is weight / weight_scale, as in the paper, whose score is
+            taken before the factor.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Layer:
     num_experts: int
     top_k: int
     fingerprint: str
+    weight_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -57,13 +61,26 @@ class Layer:
             _refuse("top_k", self.top_k, f"from 1 to num_experts = {self.num_experts}")
         if len(self.fingerprint) != 64 or set(self.fingerprint) - set("0123456789abcdef"):
             _refuse("fingerprint", repr(self.fingerprint), "64 hexadecimal digits")
+        if not math.isfinite(self.weight_scale) or self.weight_scale <= 0:
+            _refuse("weight_scale", self.weight_scale, "a finite number > 0")
+
+    @property
+    def weight_alpha_text(self) -> float:
+        """What multiplies a text token's routing weight as it enters the experts: alpha / weight_scale."""
+        return self.alpha_text / self.weight_scale
+
+    @property
+    def weight_alpha_vision(self) -> float:
+        """The same for vision tokens."""
+        return self.alpha_vision / self.weight_scale
 
 
 @dataclass(frozen=True)
 class Profile:
     """alpha of every MoE block, the two thresholds, and how they were found.
 
-    A pair (token, slot) is dropped when `alpha[modality] * routing_weight < tau[modality]`, in float32.
+    A pair (token, slot) is dropped when `weight_alpha[modality] * routing_weight < tau[modality]`, in
+    float32, `weight_alpha` being alpha / weight_scale.
     A profile that was calibrated and not yet searched has both thresholds at 0.0 and drops nothing.
 
     Attributes:
@@ -100,13 +117,14 @@ class Profile:
     def __post_init__(self) -> None:
         if not self.layers:
             _refuse("layers", "none", "at least one MoE block")
-        alphas: dict[str, Layer] = {}
+        known: dict[str, Layer] = {}
         for i, layer in enumerate(self.layers):
-            first = alphas.setdefault(layer.fingerprint, layer)
-            if (first.alpha_text, first.alpha_vision) != (layer.alpha_text, layer.alpha_vision):
+            first = known.setdefault(layer.fingerprint, layer)
+            if _constants(first) != _constants(layer):
                 raise ProfileError(
                     f"layers[{i}].fingerprint: {layer.name} has the same router weight as {first.name} but "
-                    "another alpha, so the two cannot be told apart; calibrate a model whose routers differ."
+                    "another alpha or weight_scale, so the two cannot be told apart; calibrate a model whose "
+                    "routers differ."
                 )
         for key in ("tau_text", "tau_vision"):
             if math.isnan(getattr(self, key)):
@@ -303,6 +321,10 @@ def _check_fields(cls: type, entry: dict[str, Any], where: str) -> None:
             raise ProfileError(f"{where}{key}: the field is missing; calibrate again.")
 
 
+def _constants(layer: Layer) -> tuple[float, float, float]:
+    return layer.alpha_text, layer.alpha_vision, layer.weight_scale
+
+
 def _layer(entry: object, where: str) -> Layer:
     if not isinstance(entry, dict):
         _refuse_type(where, entry, "an object")
@@ -357,7 +379,7 @@ def _or_null(value: object, where: str) -> float | None:
 
 _CONVERT: dict[str, Callable[[object, str], Any]] = {
     **dict.fromkeys(("name", "fingerprint", "method"), _string),
-    **dict.fromkeys(("alpha_text", "alpha_vision"), _float),
+    **dict.fromkeys(("alpha_text", "alpha_vision", "weight_scale"), _float),
     **dict.fromkeys(("num_experts", "top_k", "num_samples", "vocab_size", "hidden_size"), _int),
     **dict.fromkeys(("tau_text", "tau_vision"), _tau),
     **dict.fromkeys(("visual_token_ids", "special_token_ids"), _ids),

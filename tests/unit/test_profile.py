@@ -24,6 +24,7 @@ def layer(index: int = 0, **changes: Any) -> Layer:
         "num_experts": 8,
         "top_k": 4,
         "fingerprint": f"{index:064x}",
+        "weight_scale": 1.0,
     }
     return Layer(**{**given, **changes})
 
@@ -79,6 +80,20 @@ def test_with_thresholds_forgets_what_was_measured():
     assert changed.layers == profile().layers
 
 
+def test_what_multiplies_a_weight_is_alpha_without_the_folded_factor():
+    plain = layer(alpha_text=0.5, alpha_vision=0.25)
+    scaled = dataclasses.replace(plain, weight_scale=2.5)
+    assert (scaled.weight_alpha_text, scaled.weight_alpha_vision) == (0.2, 0.1)
+    assert (plain.weight_alpha_text, plain.weight_alpha_vision) == (0.5, 0.25)
+    assert profile(layers=(scaled,)).digest() != profile(layers=(plain,)).digest()
+    assert profile(layers=(scaled,)).tempered(0.5).layers[0].weight_scale == 2.5
+
+
+def test_blocks_of_one_router_weight_must_share_their_constants():
+    with pytest.raises(ProfileError, match=r"layers\[1\]\.fingerprint: .* another alpha or weight_scale"):
+        profile(layers=(layer(), layer(weight_scale=2.5)))
+
+
 def test_layer_for_finds_by_fingerprint():
     assert profile().layer_for(f"{1:064x}") == layer(1)
     assert profile().layer_for("f" * 64) is None
@@ -116,6 +131,10 @@ def test_alphas_that_are_all_zero_become_equal():
         (lambda d: d["layers"][1].update(alpha_text=math.nan), r"layers\[1\]\.alpha_text: .* got nan"),
         (lambda d: d["layers"][1].update(alpha_vision=math.inf), r"layers\[1\]\.alpha_vision: .* got inf"),
         (lambda d: d["layers"][1].update(alpha_text=-0.5), r"layers\[1\]\.alpha_text: .* >= 0, got -0\.5"),
+        (lambda d: d["layers"][1].pop("weight_scale"), r"layers\[1\]\.weight_scale: the field is missing"),
+        (lambda d: d["layers"][1].update(weight_scale=0), r"layers\[1\]\.weight_scale: .* > 0, got 0"),
+        (lambda d: d["layers"][1].update(weight_scale=math.inf), r"layers\[1\]\.weight_scale: .* got inf"),
+        (lambda d: d["layers"][1].update(weight_scale="1"), r"layers\[1\]\.weight_scale: wrong type"),
         (lambda d: d["layers"][0].update(top_k=9), r"layers\[0\]\.top_k: needed from 1 to num_experts = 8"),
         (lambda d: d["layers"][0].update(top_k=2.0), r"layers\[0\]\.top_k: wrong type, needed an integer"),
         (lambda d: d["layers"][0].update(fingerprint="abc"), r"layers\[0\]\.fingerprint: .*64 hexadecimal"),
