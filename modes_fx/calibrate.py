@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from modes_fx.blocks import Block, find_blocks, unwrap
 from modes_fx.errors import ModesError, ProfileError
@@ -31,7 +32,7 @@ from modes_fx.measure import (
 from modes_fx.modality import TEXT, VISION
 from modes_fx.profile import Layer, Profile, fingerprint, normalise, write_atomically
 from modes_fx.progress import Bar, progress_bar
-from modes_fx.skipping import Counts, Tokens, call_tokens, drop_block, keep_all, skip
+from modes_fx.skipping import Counts, Rule, Tokens, call_tokens, drop_block, keep_all, skip
 
 Variant = Literal["modality", "paper"]
 # What is dropped, one forward each: "modality" is what the paper's code does, "paper" what its text says.
@@ -50,6 +51,7 @@ class _State:
     """What has been measured so far; all that a killed run needs to go on.
 
     `kl_sums[block][i]` is the sum over answer tokens, in nats, of what `_DROPPED[variant][i]` drops.
+    `weight_scales[block]` is `weight_scale` of the first batch that gave the block tokens; None before.
     """
 
     key: dict[str, Any]
@@ -57,6 +59,7 @@ class _State:
     num_samples: int
     num_tokens: int
     kl_sums: list[list[float]]
+    weight_scales: list[float | None]
 
 
 def calibrate(
@@ -134,7 +137,8 @@ def _measured(
             bar.step(len(blocks) * len(dropped))
             continue
         encoder = EncoderMemory(model)
-        with encoder.for_batch(index), skip(model, blocks, keep_all, *ids) as counts:
+        scales = list(state.weight_scales)
+        with encoder.for_batch(index), skip(model, blocks, _measure_scales(scales), *ids) as counts:
             original = answer_logits(model, batch)
         check_finite(original, f"the original model, batch {index}")
         _check_top_k(blocks, counts, call_tokens(batch, *ids))
@@ -147,13 +151,49 @@ def _measured(
                 bar.note(f"{block.name} KL {sums[i][j] / (state.num_tokens + len(original)):.5f}")
                 bar.step()
         # All of a batch or nothing of it: what is written is always a whole number of batches.
-        state.kl_sums = sums
+        state.kl_sums, state.weight_scales = sums, scales
         state.batches.append(digest)
         state.num_samples += len(batch["labels"])
         state.num_tokens += len(original)
         yield
     if seen < len(done):
         raise _stale(f"it has {len(done)} batches, and there are only {seen} now")
+
+
+def weight_scale(weights: Tensor) -> float:
+    """The factor that a router has folded into its weights, told from the weights themselves.
+
+    A router that renormalises gives every token weights of one sum, 1 or the factor; any other gives sums
+    that differ from token to token, and its weights are then taken as they are.
+
+    Args:
+        weights: Routing weights of two tokens or more, `[T, K]`, floating point; also widened from a
+            narrower dtype.
+    Returns:
+        What the weights of each token sum to, with no more digits than their dtype vouches for; 1.0 where the
+        sums differ by more than rounding.
+    """
+    narrow = [d for d in (torch.bfloat16, torch.float16) if torch.equal(weights.to(d).to(weights), weights)]
+    # Routers add up to 1e-6 to the sum that they divide by.
+    rounding = torch.finfo(narrow[0]).eps if narrow else 1e-5
+    sums = weights.double().sum(-1)
+    mean = float(sums.mean())
+    if not mean > 0 or float((sums - mean).abs().max()) > 2 * rounding * mean:
+        return 1.0
+    shortest = (float(f"{mean:.{digits}g}") for digits in range(1, 17))
+    return next((scale for scale in shortest if abs(scale - mean) <= rounding * mean), mean)
+
+
+def _measure_scales(scales: list[float | None]) -> Rule:
+    """A rule that drops nothing and fills in `weight_scale` of each block that has none yet."""
+
+    def rule(block: int, weights: Tensor, tokens: Tokens) -> Tensor:
+        real = weights[tokens.real]
+        if scales[block] is None and len(real) > 1:
+            scales[block] = weight_scale(real)
+        return keep_all(block, weights, tokens)
+
+    return rule
 
 
 def _check_top_k(blocks: Sequence[Block], counts: Counts, tokens: Tokens) -> None:
@@ -184,6 +224,7 @@ def _profile(
             num_experts=block.num_experts,
             top_k=block.top_k,
             fingerprint=fingerprint(block.router_weight),
+            weight_scale=state.weight_scales[i] or 1.0,
         )
         for i, block in enumerate(blocks)
     )
@@ -216,7 +257,7 @@ def _load_state(
         "visual_token_ids": list(visual),
         "special_token_ids": list(special),
     }
-    fresh = _State(key, [], 0, 0, [[0.0] * len(_DROPPED[variant]) for _ in blocks])
+    fresh = _State(key, [], 0, 0, [[0.0] * len(_DROPPED[variant]) for _ in blocks], [None] * len(blocks))
     if resume is None or not Path(resume).exists():
         return fresh
     try:

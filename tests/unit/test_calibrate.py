@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from modes_fx.blocks import find_blocks
-from modes_fx.calibrate import calibrate, token_ids
+from modes_fx.calibrate import calibrate, token_ids, weight_scale
 from modes_fx.errors import ModesError, ProfileError
 from modes_fx.measure import EncoderMemory, Meter, answer_logits
 from modes_fx.modality import OTHER, TEXT, VISION, token_modality
@@ -108,6 +108,40 @@ def test_a_calibrated_profile_describes_the_model_and_skips_nothing(model, batch
     assert calibrated.special_token_ids == tuple(sorted(SPECIAL))
     assert calibrated.num_samples == sum(len(batch["labels"]) for batch in batches)
     assert calibrated.versions["torch"] == torch.__version__ or "torch" in calibrated.versions
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1.0, 2.5, 0.25, 16.0])
+def test_the_factor_of_a_renormalising_router_is_told_from_its_weights(dtype, factor):
+    chosen = torch.rand(40, 6, generator=torch.Generator().manual_seed(0)) + 1e-3
+    weights = (chosen / (chosen.sum(-1, keepdim=True) + 1e-6)).to(dtype) * factor
+    assert weight_scale(weights) == weight_scale(weights.float()) == factor
+    assert weight_scale((chosen * factor).to(dtype)) == 1.0
+    assert weight_scale(torch.zeros(4, 6, dtype=dtype)) == 1.0
+
+
+def test_a_long_factor_keeps_its_digits_and_a_blurred_one_does_not():
+    chosen = torch.rand(40, 6, generator=torch.Generator().manual_seed(0))
+    weights = chosen / chosen.sum(-1, keepdim=True) * 2.446
+    assert weight_scale(weights) == 2.446
+    assert weight_scale(weights.to(torch.bfloat16)) == pytest.approx(2.446, rel=2**-7)
+
+
+def test_calibration_measures_the_factor_over_real_tokens_of_each_block(model, batches, calibrated):
+    assert [layer.weight_scale for layer in calibrated.layers] == [1.0] * 3
+    gate = model.model.language_model.layers[1].mlp.gate
+
+    def scale(module: Any, args: Any, output: Any) -> Any:
+        logits, weights, index = output
+        # Padding may get any weights.
+        weights = torch.where(batch["attention_mask"].flatten()[:, None] > 0, weights * 2.5, 77.0)
+        return logits, weights, index
+
+    batch = padded()
+    handle = gate.register_forward_hook(scale)
+    scaled = calibrate(model, [batch], special_token_ids=SPECIAL, progress=False)
+    handle.remove()
+    assert [layer.weight_scale for layer in scaled.layers] == [1.0, 2.5, 1.0]
 
 
 def test_the_paper_variant_shares_alpha_between_the_modalities(model, batches):
