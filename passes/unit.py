@@ -1,11 +1,13 @@
 """What one compiled graph is to the passes: the profile, the real tensors behind its inputs, its reports."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.utils.weak import WeakIdKeyDictionary
 
 from modes_fx.profile import Layer, Profile, fingerprint
 
@@ -18,7 +20,16 @@ UNKNOWN = "unknown"
 
 @dataclass
 class BlockReport:
-    """What became of one block: `layer` is None where its router is not in the profile."""
+    """What became of one block.
+
+    Attributes:
+        layer: Its name in the profile, or None where its router is not in the profile.
+        rewritten: It is now `masked_moe`, with the layer's constants.
+        reason: Why it is not, else empty.
+        max_error: The largest relative difference that the proof of the rewrite saw.
+        traits: What its router and experts are like, e.g. "grouped_mm, sigmoid router, silu(gate) * up".
+        specialised: What its constants let the passes simplify, e.g. `("top 8 -> 3", "no mask")`.
+    """
 
     layer: str | None
     rewritten: bool
@@ -26,6 +37,8 @@ class BlockReport:
     num_experts: int | None = None
     top_k: int | None = None
     max_error: float | None = None
+    traits: str = ""
+    specialised: tuple[str, ...] = ()
 
 
 @dataclass
@@ -45,6 +58,8 @@ class Unit:
         blocks: One report for each block seen.
         counts: Rewrites by pass name.
         routers: Index among the inputs of each router weight that the profile knows, and its layer.
+        compile_id: Dynamo's name of the compile, `frame/number`; a number above 0 is a recompile.
+        fingerprint: How to fingerprint a router weight; `Fingerprints` remembers.
     """
 
     profile: Profile
@@ -58,30 +73,56 @@ class Unit:
     blocks: list[BlockReport] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     routers: dict[int, Layer] = field(default_factory=dict)
+    compile_id: str | None = None
+    fingerprint: Callable[[Tensor], str] = fingerprint
+    _positions: dict[Node, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         # Here and not in a pass: while passes run, fake tensors are in force.
         for index, value in enumerate(self.inputs):
             if may_be_router(self.profile, value):
-                layer = self.profile.layer_for(fingerprint(value))
+                layer = self.profile.layer_for(self.fingerprint(value))
                 if layer is not None:
                     self.routers[index] = layer
 
     def real(self, placeholder: Node) -> Any:
         """The real tensor behind a placeholder."""
-        return self.inputs[_index(placeholder)]
+        return self.inputs[self._position(placeholder)]
 
     def layer_of(self, router: Node) -> Layer | None:
         """The profile's layer whose router weight this placeholder is, known by its numbers, not by name."""
-        return self.routers.get(_index(router))
+        return self.routers.get(self._position(router))
 
     def layers(self) -> list[str]:
         """Names of the layers that this graph runs rewritten, in graph order."""
         return [block.layer for block in self.blocks if block.rewritten and block.layer is not None]
 
+    def close(self) -> None:
+        """Let go of what only compiling needs: it would keep activations and the graph alive."""
+        self.inputs, self.modality, self._positions = [], None, {}
 
-def _index(placeholder: Node) -> int:
-    return [node for node in placeholder.graph.nodes if node.op == "placeholder"].index(placeholder)
+    def _position(self, placeholder: Node) -> int:
+        # Passes add placeholders at the end alone, so positions stay what they were.
+        if placeholder not in self._positions:
+            found = placeholder.graph.find_nodes(op="placeholder")
+            self._positions = {node: index for index, node in enumerate(found)}
+        return self._positions[placeholder]
+
+
+class Fingerprints:
+    """`fingerprint` that remembers: a recompile does not hash the same weights again."""
+
+    def __init__(self) -> None:
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __call__(self, weight: Tensor) -> str:
+        # Weights that were made under inference mode have no version to look at.
+        state = None if weight.is_inference() else (weight.data_ptr(), weight._version)
+        known, digest = self._known.get(weight, (None, ""))
+        if state is None or known != state:
+            digest = fingerprint(weight)
+            self._known[weight] = (state, digest)
+        return str(digest)
 
 
 def is_token_embedding(profile: Profile, weight: Any) -> bool:
