@@ -1,15 +1,10 @@
-"""Tiny models with random weights and inputs for them, for tests and for a first look at what compiles."""
+"""A tiny Qwen3-VL-MoE whose sizes can be chosen, and inputs for it."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from modes_fx.profile import Profile
-
-IMAGE, VIDEO, VISION_START, VISION_END, BOS, EOS, PAD = 5, 6, 3, 4, 1, 2, 0
-SPECIAL = (BOS, EOS, PAD, VISION_START, VISION_END)
-VOCABULARY = 96
+from modes_fx.testing.tokens import BOS, EOS, IMAGE, PAD, VIDEO, VISION_END, VISION_START, VOCABULARY
 
 
 def tiny_qwen3_vl_moe(
@@ -121,34 +116,3 @@ def tiny_inputs(
         inputs["pixel_values"] = torch.randn(patches, 3 * 2 * 4 * 4, generator=generator)
         inputs["image_grid_thw"] = torch.tensor([[1, *grid]] * batch)
     return inputs
-
-
-def tiny_profile(model: Any, *, tau_text: float = 0.06, tau_vision: float = 0.065) -> "Profile":
-    """A profile for `tiny_qwen3_vl_moe`, not calibrated: alphas differ much between layers and modalities.
-
-    So much that a layer which ran with another one's constants gives another answer.
-    """
-    from modes_fx.blocks import find_blocks
-    from modes_fx.profile import Layer, Profile, fingerprint
-
-    blocks = find_blocks(model)
-    layers = tuple(
-        Layer(
-            name=block.name,
-            alpha_text=0.15 + 0.35 * (i % 3) / 2,
-            alpha_vision=0.45 - 0.3 * (i % 4) / 3,
-            num_experts=block.num_experts,
-            top_k=block.top_k,
-            fingerprint=fingerprint(block.router_weight),
-        )
-        for i, block in enumerate(blocks)
-    )
-    return Profile(
-        layers=layers,
-        tau_text=tau_text,
-        tau_vision=tau_vision,
-        visual_token_ids=(IMAGE, VIDEO),
-        special_token_ids=SPECIAL,
-        vocab_size=VOCABULARY,
-        hidden_size=model.get_input_embeddings().weight.shape[1],
-    )
