@@ -4,53 +4,41 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modes_fx.kernels.masked_moe import ACTIVATIONS
+from modes_fx.kernels.masked_moe import Call, kept_weights
 
 
-def masked_moe_cpu(
-    hidden: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    keep: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    interleaved: bool,
-    is_transposed: bool,
-) -> Tensor:
+def masked_moe_cpu(call: Call) -> Tensor:
     """Kept pairs, grouped by expert, through two grouped products.
 
     Compaction comes first: everything after `nonzero` has as many rows as there are kept pairs, so work and
     memory traffic fall with the skip rate, and an expert without kept pairs is never read.
 
-    Args:
-        hidden: `[T, H]`.
-        weights: Weights of kept pairs, `[T, K]`; the values at dropped pairs are not read.
-        experts: `[T, K]`, int64.
-        keep: `[T, K]`, bool.
-        gate_up, down, gate_up_bias, down_bias, activation, interleaved, is_transposed: See `reference`.
     Returns:
-        `[T, H]`, the dtype of `hidden`. The order of summation is fixed, so equal inputs give equal bits.
+        `[T, H_out]`, the dtype of `hidden`. The order of summation is fixed, so equal inputs give equal bits.
     """
-    out = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+    hidden, keep = call.hidden, call.keep()
+    out = hidden.new_zeros(hidden.shape[0], call.output_size)
     kept = keep.reshape(-1).nonzero().squeeze(-1)
     if kept.numel() == 0:
         return out
-    ids, order = experts.reshape(-1)[kept].sort(stable=True)
+    ids, order = call.experts.reshape(-1)[kept].sort(stable=True)
     kept = kept[order]
-    tokens = kept // experts.shape[-1]
-    if not is_transposed:
+    tokens = kept // keep.shape[-1]
+    weights = kept_weights(call.weights, keep, call.renormalise).reshape(-1)[kept].unsqueeze(-1)
+    gate_up, down = call.gate_up, call.down
+    if not call.is_transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-    y = _grouped_product(hidden[tokens], gate_up, ids)
-    if gate_up_bias is not None:
-        y += gate_up_bias[ids]
-    gate, up = (y[:, ::2], y[:, 1::2]) if interleaved else y.chunk(2, dim=-1)
-    y = _grouped_product(ACTIVATIONS[activation](gate) * up, down, ids)
-    if down_bias is not None:
-        y += down_bias[ids]
-    y = y * weights.reshape(-1)[kept].unsqueeze(-1)
+    x = hidden[tokens]
+    if call.weights_on_input:
+        x = (x * weights).to(hidden.dtype)
+    y = _grouped_product(x, gate_up, ids)
+    if call.gate_up_bias is not None:
+        y += call.gate_up_bias[ids]
+    y = _grouped_product(call.formula.evaluate(y, call.interleaved), down, ids)
+    if call.down_bias is not None:
+        y += call.down_bias[ids]
+    if not call.weights_on_input:
+        y = y * weights
     return out.index_add_(0, tokens, y.to(hidden.dtype))
 
 

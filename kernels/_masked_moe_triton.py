@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from modes_fx.kernels.masked_moe import Call
+
 
 class Tile(NamedTuple):
     """How one program of an expert kernel works: `rows x columns` of its result, `reduction` a step."""
@@ -427,41 +429,24 @@ def dispatch(
     return Dispatch(keys, scales, order, totals)
 
 
-def masked_moe_triton(
-    hidden: Tensor,
-    scores: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    modality: Tensor | None,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    *,
-    alpha_text: float,
-    alpha_vision: float,
-    tau_text: float,
-    tau_vision: float,
-    activation: str = "silu",
-    interleaved: bool = False,
-    is_transposed: bool = False,
-    renormalise: bool = False,
-) -> Tensor:
-    """Arguments and result as in `masked_moe.reference`; float16, bfloat16 or float32.
+def masked_moe_triton(call: Call) -> Tensor:
+    """The result of `masked_moe.reference`; float16, bfloat16 or float32.
 
     The expert weights are read where they lie, in any strides. Products accumulate in float32; the input of
     `down` and the weighted output of each pair are rounded to the dtype of `hidden`. An index outside of
     `[0, E)` drops its pair. Does not wait for the device.
     """
+    hidden, gate_up, down = call.hidden, call.gate_up, call.down
+    gate_up_bias, down_bias = call.gate_up_bias, call.down_bias
     num_tokens, hidden_size = hidden.shape
-    num_slots = scores.shape[-1]
+    num_slots = call.scores.shape[-1]
     num_pairs = num_tokens * num_slots
     num_experts = gate_up.shape[0]
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     if num_pairs == 0:
         return out.zero_()
     # Logical order is [E, 2I, H] and [E, H, I] whatever the layout; only the strides differ.
-    if is_transposed:
+    if call.is_transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     intermediate_size = down.shape[2]
     tile = choose_tile(hidden.dtype, num_pairs, num_experts, hidden_size, intermediate_size)
@@ -483,16 +468,16 @@ def masked_moe_triton(
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(hidden):
         pairs = dispatch(
-            scores,
-            weights,
-            experts,
-            None if modality is None else modality.reshape(-1),
+            call.scores,
+            call.weights,
+            call.experts,
+            None if call.modality is None else call.modality.reshape(-1),
             num_experts,
-            alpha_text,
-            alpha_vision,
-            tau_text,
-            tau_vision,
-            renormalise,
+            call.alpha_text,
+            call.alpha_vision,
+            call.tau_text,
+            call.tau_vision,
+            call.renormalise,
         )
         inner = hidden.new_empty(num_pairs, intermediate_size)
         _gate_up_kernel[(num_tiles * triton.cdiv(intermediate_size, tile.columns),)](
@@ -506,8 +491,8 @@ def masked_moe_triton(
             *gate_up.stride(),
             *((0, 0) if gate_up_bias is None else gate_up_bias.stride()),
             K=num_slots,
-            ACTIVATION=activation,
-            INTERLEAVED=interleaved,
+            ACTIVATION=call.activation.split("(")[0],
+            INTERLEAVED=call.interleaved,
             **common,
         )
         rows = hidden.new_empty(num_pairs, hidden_size)

@@ -2,7 +2,7 @@
 
     keep[t, j] = alpha[m] * scores[t, j] >= tau[m]        m = modality[t]: text, vision; other always keeps
     out[t]     = sum over kept j of weights[t, j] * expert[experts[t, j]](hidden[t])
-    expert(x)  = (act(gate) * up) @ down,   gate, up = x @ gate_up
+    expert(x)  = formula(x @ gate_up) @ down      as silu(gate) * up, see `gate_formula`
 
 This is the contract between `passes` (which write this one node per block) and the lowerings (CPU in
 `_masked_moe_cpu.py`, Triton in `_masked_moe_triton.py`). `reference` below is the specification. The rule is
@@ -12,28 +12,22 @@ set, and nothing protects the first choice: a token that loses all its pairs get
 Imports torch alone, so that a compiler process which only traces never loads Triton.
 """
 
-from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from modes_fx.kernels.gate_formula import SILU, Formula, parse
 
 TEXT, VISION, OTHER = 0, 1, 2  # the values of `modality`; repeated in modes_fx.modality, equality is tested
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
 
 SCHEMA = (
     "masked_moe(Tensor hidden, Tensor scores, Tensor weights, Tensor experts, Tensor? modality, "
     "Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, *, "
     "float alpha_text, float alpha_vision, float tau_text, float tau_vision, "
-    "str activation='silu', bool interleaved=False, bool is_transposed=False, bool renormalise=False, "
-    "str layer='') -> Tensor"
+    f"str activation='{SILU}', bool interleaved=False, bool is_transposed=False, "
+    "bool weights_on_input=False, bool renormalise=False, str layer='') -> Tensor"
 )
 
 _library = torch.library.Library("modes_fx", "FRAGMENT")
@@ -79,47 +73,9 @@ def kept_weights(weights: Tensor, keep: Tensor, renormalise: bool) -> Tensor:
     return kept
 
 
-def expert_forward(
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    interleaved: bool,
-    is_transposed: bool,
-) -> Tensor:
-    """One expert on its rows: `[N, H] -> [N, H]`. Weights are that expert's slice, in the model's layout."""
-    if not is_transposed:
-        gate_up, down = gate_up.t(), down.t()
-    y = torch.mm(x, gate_up) if gate_up_bias is None else torch.addmm(gate_up_bias, x, gate_up)
-    gate, up = (y[:, ::2], y[:, 1::2]) if interleaved else y.chunk(2, dim=-1)
-    y = ACTIVATIONS[activation](gate) * up
-    return torch.mm(y, down) if down_bias is None else torch.addmm(down_bias, y, down)
-
-
-def reference(
-    hidden: Tensor,
-    scores: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    modality: Tensor | None,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    *,
-    alpha_text: float,
-    alpha_vision: float,
-    tau_text: float,
-    tau_vision: float,
-    activation: str = "silu",
-    interleaved: bool = False,
-    is_transposed: bool = False,
-    renormalise: bool = False,
-    layer: str = "",
-) -> Tensor:
-    """The specification, for any dtype: every expert on every token, dropped pairs weighted by zero.
+@dataclass(frozen=True)
+class Call:
+    """One call of the op: its arguments, in the order of the schema.
 
     Args:
         hidden: Input of the experts, `[T, H]`, floating point.
@@ -127,109 +83,141 @@ def reference(
         weights: What multiplies the expert outputs, `[T, K]`, floating point.
         experts: Chosen experts, `[T, K]`, int64, in `[0, E)`.
         modality: `[T]`, uint8 (0 text, 1 vision, 2 other), or None when every token is text.
-        gate_up: `[E, 2I, H]`, or `[E, H, 2I]` with `is_transposed`; the dtype of `hidden`.
-        down: `[E, H, I]`, or `[E, I, H]` with `is_transposed`.
-        gate_up_bias: `[E, 2I]`, or None.
-        down_bias: `[E, H]`, or None.
+        gate_up: `[E, 2I, H]`, or `[E, I, H]` where the formula has no gate; the dtype of `hidden`. With
+            `is_transposed` the last two change places, here and in `down`.
+        down: `[E, H_out, I]`; in all known families `H_out` is `H`.
+        gate_up_bias: `[E, 2I]` or `[E, I]`, or None.
+        down_bias: `[E, H_out]`, or None.
         alpha_text, alpha_vision, tau_text, tau_vision: See `keep_mask`.
-        activation: A key of `ACTIVATIONS`.
+        activation: What is computed between the two products, a formula; see `gate_formula`.
         interleaved: Gate and up alternate along `2I` instead of lying one after the other.
         is_transposed: See `gate_up`.
+        weights_on_input: The weights multiply the input of the experts in place of their output.
         renormalise: See `kept_weights`.
         layer: The layer's name, for people who read the graph; not used.
-    Returns:
-        `[T, H]`, the dtype of `hidden`.
     """
-    keep = keep_mask(scores, modality, alpha_text, alpha_vision, tau_text, tau_vision)
-    kept = kept_weights(weights, keep, renormalise)
-    out = torch.zeros_like(hidden)
-    for e in range(gate_up.shape[0]):
-        y = expert_forward(
-            hidden,
-            gate_up[e],
-            down[e],
-            None if gate_up_bias is None else gate_up_bias[e],
-            None if down_bias is None else down_bias[e],
-            activation,
-            interleaved,
-            is_transposed,
-        )
-        share = torch.where(experts == e, kept, 0).sum(dim=-1, keepdim=True)
-        # A token outside the expert must not turn the expert's overflow into NaN (inf * 0).
-        out += torch.where(share != 0, y * share, 0).to(hidden.dtype)
+
+    hidden: Tensor
+    scores: Tensor
+    weights: Tensor
+    experts: Tensor
+    modality: Tensor | None
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    _: KW_ONLY
+    alpha_text: float
+    alpha_vision: float
+    tau_text: float
+    tau_vision: float
+    activation: str = SILU
+    interleaved: bool = False
+    is_transposed: bool = False
+    weights_on_input: bool = False
+    renormalise: bool = False
+    layer: str = ""
+
+    @property
+    def formula(self) -> Formula:
+        return parse(self.activation)
+
+    @property
+    def output_size(self) -> int:
+        """`H_out`, the width of the result."""
+        return self.down.shape[2 if self.is_transposed else 1]
+
+    @property
+    def intermediate_size(self) -> int:
+        """`I`, the width between the formula and the second product."""
+        return self.down.shape[1 if self.is_transposed else 2]
+
+    def keep(self) -> Tensor:
+        """Which pairs are kept, `[T, K]`, bool."""
+        alphas_and_taus = self.alpha_text, self.alpha_vision, self.tau_text, self.tau_vision
+        return keep_mask(self.scores, self.modality, *alphas_and_taus)
+
+    def check(self) -> None:
+        """Raise ValueError where arguments do not fit one another; says which and what would fit."""
+        tokens, width = self.hidden.shape
+        if self.modality is not None and self.modality.numel() != tokens:
+            raise ValueError(
+                f"modality must have one value per token, {tokens}, got {tuple(self.modality.shape)}; "
+                "the mask of another call was passed."
+            )
+        if not self.scores.shape == self.weights.shape == self.experts.shape:
+            shapes = {name: tuple(getattr(self, name).shape) for name in ("scores", "weights", "experts")}
+            raise ValueError(f"scores, weights and experts must be [T, K], all the same, got {shapes}.")
+        formula, inner, out = self.formula, self.intermediate_size, self.output_size
+        rows = 2 * inner if formula.is_gated else inner
+        num_experts = self.down.shape[0]
+        fitting = (num_experts, width, rows) if self.is_transposed else (num_experts, rows, width)
+        if self.gate_up.shape != fitting:
+            kind = "with a gate, so two rows" if formula.is_gated else "without a gate, so one row"
+            raise ValueError(
+                f"gate_up must be {fitting}, got {tuple(self.gate_up.shape)}: hidden is {width} wide, down "
+                f"is {tuple(self.down.shape)}{', transposed' if self.is_transposed else ''}, and the formula "
+                f"{str(formula)!r} is one {kind} of gate_up for each of the {inner} inputs of down."
+            )
+        for name, bias, size in (("gate_up", self.gate_up_bias, rows), ("down", self.down_bias, out)):
+            if bias is not None and bias.shape != (num_experts, size):
+                raise ValueError(f"{name}_bias must be {(num_experts, size)}, got {tuple(bias.shape)}.")
+
+
+def reference(*args: Any, **kwargs: Any) -> Tensor:
+    """The specification, for any dtype: slot by slot and expert by expert, in plain torch.
+
+    Arguments as in `Call`.
+
+    Returns:
+        `[T, H_out]`, the dtype of `hidden`.
+    """
+    call = Call(*args, **kwargs)
+    hidden, keep = call.hidden, call.keep()
+    weights = kept_weights(call.weights, keep, call.renormalise)
+    out = hidden.new_zeros(hidden.shape[0], call.output_size)
+    for slot in range(keep.shape[1]):
+        for e in range(call.gate_up.shape[0]):
+            tokens = (keep[:, slot] & (call.experts[:, slot] == e)).nonzero().squeeze(-1)
+            x, weight = hidden[tokens], weights[tokens, slot].unsqueeze(-1)
+            if call.weights_on_input:
+                x = (x * weight).to(hidden.dtype)
+            y = _expert(call, e, x)
+            if not call.weights_on_input:
+                y = y * weight
+            out[tokens] += y.to(hidden.dtype)
     return out
 
 
-def _fake(hidden: Tensor, *_args: Any, **_constants: Any) -> Tensor:
-    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+def _expert(call: Call, e: int, x: Tensor) -> Tensor:
+    """One expert on its rows: `[N, H] -> [N, H_out]`."""
+    gate_up, down = call.gate_up[e], call.down[e]
+    if not call.is_transposed:
+        gate_up, down = gate_up.t(), down.t()
+    y = x @ gate_up if call.gate_up_bias is None else torch.addmm(call.gate_up_bias[e], x, gate_up)
+    y = call.formula.evaluate(y, call.interleaved)
+    return y @ down if call.down_bias is None else torch.addmm(call.down_bias[e], y, down)
 
 
-def _check(hidden: Tensor, scores: Tensor, experts: Tensor, modality: Tensor | None, activation: str) -> None:
-    if modality is not None and modality.numel() != hidden.shape[0]:
-        raise ValueError(
-            f"modality must have one value per token, {hidden.shape[0]}, got {tuple(modality.shape)}; "
-            "the mask of another call was passed."
-        )
-    if scores.shape != experts.shape:
-        raise ValueError(f"scores {tuple(scores.shape)} and experts {tuple(experts.shape)} must be [T, K].")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
+def _fake(*args: Any, **kwargs: Any) -> Tensor:
+    call = Call(*args, **kwargs)
+    return call.hidden.new_empty(call.hidden.shape[0], call.output_size)
 
 
-def _cpu(
-    hidden: Tensor,
-    scores: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    modality: Tensor | None,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    *,
-    alpha_text: float,
-    alpha_vision: float,
-    tau_text: float,
-    tau_vision: float,
-    activation: str = "silu",
-    interleaved: bool = False,
-    is_transposed: bool = False,
-    renormalise: bool = False,
-    layer: str = "",
-) -> Tensor:
+def _cpu(*args: Any, **kwargs: Any) -> Tensor:
     from modes_fx.kernels._masked_moe_cpu import masked_moe_cpu
 
-    _check(hidden, scores, experts, modality, activation)
-    keep = keep_mask(scores, modality, alpha_text, alpha_vision, tau_text, tau_vision)
-    return masked_moe_cpu(
-        hidden,
-        kept_weights(weights, keep, renormalise),
-        experts,
-        keep,
-        gate_up,
-        down,
-        gate_up_bias,
-        down_bias,
-        activation,
-        interleaved,
-        is_transposed,
-    )
+    call = Call(*args, **kwargs)
+    call.check()
+    return masked_moe_cpu(call)
 
 
-def _cuda(
-    hidden: Tensor,
-    scores: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    modality: Tensor | None,
-    *expert_weights: Any,
-    layer: str = "",
-    **constants: Any,
-) -> Tensor:
+def _cuda(*args: Any, **kwargs: Any) -> Tensor:
     from modes_fx.kernels._masked_moe_triton import masked_moe_triton
 
-    _check(hidden, scores, experts, modality, constants.get("activation", "silu"))
-    return masked_moe_triton(hidden, scores, weights, experts, modality, *expert_weights, **constants)
+    call = Call(*args, **kwargs)
+    call.check()
+    return masked_moe_triton(call)
 
 
 torch.library.register_fake("modes_fx::masked_moe", _fake, lib=_library)

@@ -5,10 +5,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modes_fx.kernels.masked_moe import (
-    ACTIVATIONS,
     OTHER,
     TEXT,
     VISION,
+    Call,
     _cpu,
     keep_mask,
     kept_weights,
@@ -19,13 +19,7 @@ from modes_fx.kernels.masked_moe import (
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 EXACT = {"rtol": 0, "atol": 0}
-
-
-def keep_of(problem):
-    return keep_mask(
-        *(problem[name] for name in ("scores", "modality", "alpha_text", "alpha_vision")),
-        *(problem[name] for name in ("tau_text", "tau_vision")),
-    )
+FORMULAS = [f"{name}(gate) * up" for name in ("silu", "gelu", "gelu_tanh", "relu")]
 
 
 # The keep rule.
@@ -91,7 +85,7 @@ def test_reads_every_layout(typical, bias, interleaved, is_transposed, make_prob
 
 
 @pytest.mark.parametrize("renormalise", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", FORMULAS)
 def test_applies_every_activation(typical, activation, renormalise, make_problem, assert_within_budget):
     problem = make_problem(typical, activation=activation, renormalise=renormalise)
     assert_within_budget(masked_moe(**problem), problem)
@@ -122,7 +116,7 @@ def test_dropped_pairs_are_not_multiplied(case, make_problem):
     # A mode sees the op itself, not what is inside; so the lowering is called.
     with CountRows():
         _cpu(**problem)
-    assert sum(rows) == 2 * keep_of(problem).sum()  # gate_up and down
+    assert sum(rows) == 2 * Call(**problem).keep().sum()  # gate_up and down
 
 
 def test_an_expert_without_kept_pairs_is_not_read(typical, make_problem, assert_within_budget):
@@ -137,7 +131,7 @@ def test_an_expert_without_kept_pairs_is_not_read(typical, make_problem, assert_
 
 def test_infinite_weights_of_a_dropped_pair_do_not_leak(typical, make_problem, assert_within_budget):
     problem = make_problem(typical)
-    keep = keep_of(problem)
+    keep = Call(**problem).keep()
     infinite = problem | {"weights": torch.where(keep, problem["weights"], torch.inf)}
     assert_within_budget(masked_moe(**infinite), problem)
 
@@ -184,9 +178,11 @@ def test_refuses_the_modality_of_another_call(typical, make_problem):
         masked_moe(**problem | {"modality": problem["modality"][:-1]})
 
 
-def test_refuses_an_unknown_activation(typical, make_problem):
-    with pytest.raises(ValueError, match=r"activation must be one of silu, .*, got 'swish'"):
-        masked_moe(**make_problem(typical) | {"activation": "swish"})
+def test_refuses_what_is_no_formula(typical, make_problem):
+    with pytest.raises(
+        ValueError, match=r"'swish\(gate\)' is not allowed, in the formula 'swish\(gate\) \* up'"
+    ):
+        masked_moe(**make_problem(typical) | {"activation": "swish(gate) * up"})
 
 
 def test_the_reference_weighs_each_slot_by_its_own_weight():
@@ -204,6 +200,6 @@ def test_the_reference_weighs_each_slot_by_its_own_weight():
         alpha_vision=1.0,
         tau_text=0.0,
         tau_vision=0.0,
-        activation="relu",
+        activation="relu(gate) * up",
     )
     assert out.item() == 32

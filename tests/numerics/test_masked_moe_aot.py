@@ -41,7 +41,7 @@ MODELS = {
         2880, 2880, 32, 4, torch.bfloat16, {"interleaved": True, "is_transposed": True, "bias": True}
     ),
     # Unaligned sizes: loads go through registers.
-    "odd sizes": Model(100, 50, 7, 3, torch.float16, {"activation": "gelu", "bias": True}),
+    "odd sizes": Model(100, 50, 7, 3, torch.float16, {"activation": "gelu(gate) * up", "bias": True}),
 }
 TOKENS = {"few rows": 8, "many rows": 4096}  # either side of `choose_tile`'s border
 
@@ -52,7 +52,7 @@ def compile_all(arch: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from modes_fx.kernels import _masked_moe_triton as lowering
+    from modes_fx.kernels.masked_moe import _cuda
 
     class NoDevice:
         """What `JITFunction.run` asks a driver before it launches."""
@@ -100,23 +100,23 @@ def compile_all(arch: int) -> None:
     for name, model in MODELS.items():
         for rows_per_expert, tokens in TOKENS.items():
             label = f"{name}, {rows_per_expert}"
-            launch(lowering.masked_moe_triton, model, tokens)
+            launch(_cuda, model, tokens)
     num_kernels = len(rows)
     # T = 1 and multiples of 16 are what Triton likes to compile once more for.
     for tokens in (1, 5, 16):
         label = f"{tokens} tokens"
-        launch(lowering.masked_moe_triton, MODELS["Qwen3-VL-30B-A3B"], tokens)
+        launch(_cuda, MODELS["Qwen3-VL-30B-A3B"], tokens)
     print(json.dumps({"kernels": list(rows.values()), "recompiles": len(rows) - num_kernels}))
 
 
-def launch(masked_moe_triton: Any, model: Model, tokens: int) -> None:
+def launch(masked_moe: Any, model: Model, tokens: int) -> None:
     def meta(*shape: int, dtype: torch.dtype = model.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     H, I, E, K = model[:4]
     flags = dict(model.flags)
     bias, transposed = flags.pop("bias", False), flags.get("is_transposed", False)
-    masked_moe_triton(
+    masked_moe(
         meta(tokens, H),
         meta(tokens, K, dtype=torch.float32),
         meta(tokens, K),
