@@ -1,5 +1,8 @@
 """Tiny models with random weights, inputs and profiles for them: for tests, and to see what compiles."""
 
+from modes_fx.testing.families import FAMILIES as FAMILIES
+from modes_fx.testing.families import Family as Family
+from modes_fx.testing.families import set_experts as set_experts
 from modes_fx.testing.profiles import tiny_profile as tiny_profile
 from modes_fx.testing.qwen3_vl_moe import tiny_inputs as tiny_inputs
 from modes_fx.testing.qwen3_vl_moe import tiny_qwen3_vl_moe as tiny_qwen3_vl_moe
