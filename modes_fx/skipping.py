@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from modes_fx.blocks import Block, find_blocks, unwrap
+from modes_fx.call_rows import Enclosing, enclosing_modules, find_rows, values_of_rows
 from modes_fx.errors import ModesError, ProfileError
-from modes_fx.modality import VISION, token_modality
+from modes_fx.modality import OTHER, VISION, token_modality
 from modes_fx.profile import Profile, fingerprint
 
 
@@ -76,7 +77,8 @@ def drop_block(block: int, modality: int | None) -> Rule:
 
 
 def block_alphas(profile: Profile, blocks: Sequence[Block]) -> list[tuple[float, float]]:
-    """(alpha_text, alpha_vision) of each block, found by its router weight.
+    """(alpha_text, alpha_vision) of each block, found by its router weight, for its weights as they enter the
+    experts: a factor that the model has folded into them is taken out.
 
     Raises:
         ProfileError: A block is not in the profile.
@@ -88,7 +90,7 @@ def block_alphas(profile: Profile, blocks: Sequence[Block]) -> list[tuple[float,
                 f"The profile was made for another model: {block.name} is not in it. "
                 "Calibrate this model, or pass the profile made for it."
             )
-    return [(layer.alpha_text, layer.alpha_vision) for layer in layers if layer is not None]
+    return [(layer.weight_alpha_text, layer.weight_alpha_vision) for layer in layers if layer is not None]
 
 
 def thresholds(alphas: Sequence[tuple[float, float]], tau_text: float, tau_vision: float) -> Rule:
@@ -133,8 +135,10 @@ def skip(
     """
     model = unwrap(model)
     counts = Counts.zero(len(blocks), blocks[0].router_weight.device)
+    names = {module: name for name, module in model.named_modules()}
     signature = inspect.signature(model.forward)
     current: list[Tokens] = []
+    enclosing = Enclosing()
 
     def note_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = signature.bind_partial(*args, **kwargs).arguments
@@ -142,15 +146,21 @@ def skip(
         current[:] = [call_tokens(call, visual_token_ids, special_token_ids)]
 
     def zero_dropped(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        block = blocks[index]
         place = _weights_of(args, kwargs)
         weights: Tensor = args[place] if isinstance(place, int) else kwargs[place]
-        tokens = current[0]
-        if len(tokens.modality) != len(weights):
+        if weights.shape[1] != block.top_k:
             raise ModesError(
-                f"{blocks[index].name} routes {len(weights)} tokens, but the call has "
-                f"{len(tokens.modality)}; models that reorder or drop tokens are not supported."
+                f"{block.name} was to route every token to {block.top_k} experts and routes them to "
+                f"{weights.shape[1]}; this family is not supported yet."
             )
+        tokens = current[0]
         tokens = Tokens(tokens.modality.to(weights.device), tokens.real.to(weights.device))
+        if len(tokens.modality) != len(weights):
+            hidden = find_rows(args, kwargs)
+            assert hidden is not None
+            rows = args[hidden] if isinstance(hidden, int) else kwargs[hidden]
+            tokens = _tokens_of_rows(rows, tokens, enclosing, names[block.experts])
         dropped = rule(index, weights.float(), tokens)
         _count(counts, index, dropped, tokens)
         kept = weights.masked_fill(dropped, 0)
@@ -164,7 +174,17 @@ def skip(
     def experts_hook(index: int) -> Callable[..., tuple[Any, dict[str, Any]]]:
         return lambda module, args, kwargs: zero_dropped(index, args, kwargs)
 
+    def enclosing_hook(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            place = find_rows(args, kwargs)
+            if place is not None:
+                enclosing.enter(name, args[place] if isinstance(place, int) else kwargs[place])
+
+        return hook
+
     handles = [model.register_forward_pre_hook(note_tokens, with_kwargs=True)]
+    for name, module in enclosing_modules(model, [names[block.experts] for block in blocks]).items():
+        handles.append(module.register_forward_pre_hook(enclosing_hook(name), with_kwargs=True))
     for i, block in enumerate(blocks):
         handles.append(block.experts.register_forward_pre_hook(experts_hook(i), with_kwargs=True))
     try:
@@ -212,6 +232,20 @@ def _weights_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
                 if weights.is_floating_point() and weights.shape == indices.shape:
                     return place
     raise ModesError("An experts module was called without top-k indices and weights; it is not supported.")
+
+
+def _tokens_of_rows(rows: Tensor, tokens: Tokens, enclosing: Enclosing, name: str) -> Tokens:
+    """The tokens that an experts module is given, where these are not all tokens of the call, in order."""
+    keys = enclosing.keys(name, len(tokens.modality), rows.shape[-1])
+    if keys is not None:
+        modality = values_of_rows(tokens.modality, keys, rows, ambiguous=OTHER)
+        real = values_of_rows(tokens.real, keys, rows, ambiguous=True)
+        if modality is not None and real is not None:
+            return Tokens(modality, real)
+    raise ModesError(
+        f"{name} is given {len(rows)} rows in a call of {len(tokens.modality)} tokens, and no module around it "
+        "has the rows of all of them, so it cannot be told which tokens they are; this family is not supported."
+    )
 
 
 def _count(counts: Counts, index: int, dropped: Tensor, tokens: Tokens) -> None:
