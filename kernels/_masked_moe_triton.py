@@ -1,7 +1,7 @@
 """Triton lowering of `modes_fx::masked_moe`: dropped pairs are neither gathered, multiplied nor summed.
 
     dispatch    threshold -> scan -> place      kept pairs, grouped by expert, in `order`
-    experts     gate_up (activation fused) -> down (routing weight fused)
+    experts     gate_up (formula fused) -> down (routing weight fused)
     combine     per token, its kept slots in slot order
 
 Nothing waits for the host: the number of kept pairs stays on the device, grids have the size of the static
@@ -9,7 +9,8 @@ bound, and a program without rows returns. The order of every sum is fixed (no a
 equal bits. Uninitialised memory is never read: rows of dropped pairs are neither written nor loaded.
 
 Letters: T tokens, K slots, P = T * K pairs (pair p is slot p % K of token p // K), E experts, H hidden size,
-I intermediate size, C chunks of tokens. A position is an index into `order`, R of them are filled.
+I intermediate size, N rows of gate_up (2I, or I without a gate), H_out width of the result, C chunks of
+tokens. A position is an index into `order`, R of them are filled.
 """
 
 # Triton gives annotations of a kernel's parameters a meaning; shapes and dtypes stand in comments instead.
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from modes_fx.kernels._gate_formula_triton import compile_formula
 from modes_fx.kernels.masked_moe import Call
 
 
@@ -46,7 +48,7 @@ BLOCK_E = 32  # experts counted at a time
 
 
 def choose_tile(dtype: torch.dtype, num_pairs: int, num_experts: int, *sizes: int) -> Tile:
-    """The tile for a call, from what the host knows without asking the device. `sizes`: H and I."""
+    """The tile for a call, from what the host knows without asking the device. `sizes`: H, I and H_out."""
     # Odd sizes, which no published model has, cannot be copied 16 bytes at a time; their loads go through
     # registers, and the larger tile would spill.
     few = num_pairs <= 16 * num_experts or any(size % 16 for size in sizes)
@@ -191,28 +193,14 @@ def _find_tile(
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        return x * tl.sigmoid(x)
-    elif ACTIVATION == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        # 0.5 * (1 + tanh(z)) == sigmoid(2 * z)
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    else:
-        tl.static_assert(ACTIVATION == "relu")
-        # Not tl.maximum, which turns NaN into 0.
-        return tl.where(x < 0.0, 0.0, x)
-
-
-@triton.jit
 def _gate_up_kernel(
     hidden,  # [T, H]
-    gate_up,  # [E, 2I, H] in any strides
-    bias,  # [E, 2I] or None
+    gate_up,  # [E, N, H] in any strides
+    bias,  # [E, N] or None
+    scales,  # [P], float32, or None: what multiplies the rows of hidden
     order,  # [R of P], int32
     totals,  # [E], int32
-    out,  # out [R of P, I]: act(gate) * up by position; unset past R
+    out,  # out [R of P, I]: the formula's value by position; unset past R
     stride_hidden_t,
     stride_hidden_h,
     stride_gate_up_e,
@@ -224,7 +212,8 @@ def _gate_up_kernel(
     E: tl.constexpr,
     H: tl.constexpr,
     I: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    FORMULA: tl.constexpr,  # what `compile_formula` returns
+    GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PRECISION: tl.constexpr,
     POW2_E: tl.constexpr,
@@ -241,37 +230,45 @@ def _gate_up_kernel(
     n = (tl.program_id(0) % NUM_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
     at = position.to(tl.int64) + m
-    token = (tl.load(order + at, mask=m < num_rows, other=0) // K).to(tl.int64)
+    pair = tl.load(order + at, mask=m < num_rows, other=0)
+    token = (pair // K).to(tl.int64)
+    # Without a gate, `first` is all there is.
+    first_i = n.to(tl.int64)
+    second_i = first_i + I
     if INTERLEAVED:
-        gate_i = (2 * n).to(tl.int64)
-        up_i = gate_i + 1
-    else:
-        gate_i = n.to(tl.int64)
-        up_i = gate_i + I
+        first_i = 2 * first_i
+        second_i = first_i + 1
 
     rows = hidden + token[:, None] * stride_hidden_t  # [BLOCK_M, 1]
     columns = gate_up + expert.to(tl.int64) * stride_gate_up_e  # scalar
-    gates = columns + gate_i[None, :] * stride_gate_up_i  # [1, BLOCK_N]
-    ups = columns + up_i[None, :] * stride_gate_up_i  # [1, BLOCK_N]
-    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first in range(0, H, BLOCK_R):
-        h = (first + r).to(tl.int64)
+    firsts = columns + first_i[None, :] * stride_gate_up_i  # [1, BLOCK_N]
+    seconds = columns + second_i[None, :] * stride_gate_up_i  # [1, BLOCK_N]
+    first = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    second = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, H, BLOCK_R):
+        h = (start + r).to(tl.int64)
         x = tl.load(
             rows + h[None, :] * stride_hidden_h,
             mask=(m < num_rows)[:, None] & (h < H)[None, :],
             other=0,
         )
         inside = (h < H)[:, None] & (n < I)[None, :]
-        w = tl.load(gates + h[:, None] * stride_gate_up_h, mask=inside, other=0)
-        gate = tl.dot(x, w, gate, input_precision=PRECISION)
-        w = tl.load(ups + h[:, None] * stride_gate_up_h, mask=inside, other=0)
-        up = tl.dot(x, w, up, input_precision=PRECISION)
+        w = tl.load(firsts + h[:, None] * stride_gate_up_h, mask=inside, other=0)
+        first = tl.dot(x, w, first, input_precision=PRECISION)
+        if GATED:
+            w = tl.load(seconds + h[:, None] * stride_gate_up_h, mask=inside, other=0)
+            second = tl.dot(x, w, second, input_precision=PRECISION)
+    if scales is not None:
+        # What multiplies a row multiplies its products; here it costs nothing in the loop.
+        scale = tl.load(scales + pair, mask=m < num_rows, other=0)[:, None]
+        first *= scale
+        second *= scale
     if bias is not None:
         biases = bias + expert.to(tl.int64) * stride_bias_e
-        gate += tl.load(biases + gate_i * stride_bias_i, mask=n < I, other=0).to(tl.float32)[None, :]
-        up += tl.load(biases + up_i * stride_bias_i, mask=n < I, other=0).to(tl.float32)[None, :]
-    y = _activate(gate, ACTIVATION) * up
+        first += tl.load(biases + first_i * stride_bias_i, mask=n < I, other=0).to(tl.float32)[None, :]
+        if GATED:
+            second += tl.load(biases + second_i * stride_bias_i, mask=n < I, other=0).to(tl.float32)[None, :]
+    y = FORMULA(first, second) if GATED else FORMULA(first)
     tl.store(
         out + at[:, None] * I + n[None, :],
         y.to(out.dtype.element_ty),
@@ -282,19 +279,19 @@ def _gate_up_kernel(
 @triton.jit
 def _down_kernel(
     inner,  # [R of P, I] by position
-    down,  # [E, H, I] in any strides
-    bias,  # [E, H] or None
-    scales,  # [P], float32
+    down,  # [E, H_out, I] in any strides
+    bias,  # [E, H_out] or None
+    scales,  # [P], float32, or None: what multiplies the results
     order,  # [R of P], int32
     totals,  # [E], int32
-    out,  # out [P, H]: weight * expert(hidden) by pair; unset where dropped
+    out,  # out [P, H_out]: the expert's weighted result by pair; unset where dropped
     stride_down_e,
     stride_down_h,
     stride_down_i,
     stride_bias_e,
     stride_bias_h,
     E: tl.constexpr,
-    H: tl.constexpr,
+    H_OUT: tl.constexpr,
     I: tl.constexpr,
     PRECISION: tl.constexpr,
     POW2_E: tl.constexpr,
@@ -302,7 +299,7 @@ def _down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    NUM_N: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+    NUM_N: tl.constexpr = (H_OUT + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // NUM_N
     expert, position, num_rows = _find_tile(totals, tile, E, POW2_E, BLOCK_M)
     if expert >= E:
@@ -312,7 +309,6 @@ def _down_kernel(
     r = tl.arange(0, BLOCK_R)
     at = position.to(tl.int64) + m
     pair = tl.load(order + at, mask=m < num_rows, other=0).to(tl.int64)
-    scale = tl.load(scales + pair, mask=m < num_rows, other=0)
 
     rows = inner + at[:, None] * I  # [BLOCK_M, 1]
     h = n.to(tl.int64)
@@ -323,28 +319,29 @@ def _down_kernel(
         x = tl.load(rows + i[None, :], mask=(m < num_rows)[:, None] & (i < I)[None, :], other=0)
         w = tl.load(
             columns + i[:, None] * stride_down_i,
-            mask=(i < I)[:, None] & (n < H)[None, :],
+            mask=(i < I)[:, None] & (n < H_OUT)[None, :],
             other=0,
         )
         y = tl.dot(x, w, y, input_precision=PRECISION)
     if bias is not None:
         biases = bias + expert.to(tl.int64) * stride_bias_e
-        y += tl.load(biases + h * stride_bias_h, mask=n < H, other=0).to(tl.float32)[None, :]
-    y *= scale[:, None]
+        y += tl.load(biases + h * stride_bias_h, mask=n < H_OUT, other=0).to(tl.float32)[None, :]
+    if scales is not None:
+        y *= tl.load(scales + pair, mask=m < num_rows, other=0)[:, None]
     tl.store(
-        out + pair[:, None] * H + n[None, :],
+        out + pair[:, None] * H_OUT + n[None, :],
         y.to(out.dtype.element_ty),
-        mask=(m < num_rows)[:, None] & (n < H)[None, :],
+        mask=(m < num_rows)[:, None] & (n < H_OUT)[None, :],
     )
 
 
 @triton.jit
 def _combine_kernel(
-    rows,  # [P, H] by pair
+    rows,  # [P, H_out] by pair
     keys,  # [P], int32
-    out,  # out [T, H]
+    out,  # out [T, H_out]
     K: tl.constexpr,
-    H: tl.constexpr,
+    H_OUT: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -354,9 +351,9 @@ def _combine_kernel(
         pair = token * K + slot
         # A mask, not a product with zero: the row of a dropped pair is uninitialised and may hold NaN. It is
         # made from integers because the interpreter's broadcast of a boolean scalar is not boolean.
-        end = tl.where(tl.load(keys + pair) >= 0, H, 0)
-        y += tl.load(rows + pair * H + h, mask=h < end, other=0).to(tl.float32)
-    tl.store(out + token * H + h, y.to(out.dtype.element_ty), mask=h < H)
+        end = tl.where(tl.load(keys + pair) >= 0, H_OUT, 0)
+        y += tl.load(rows + pair * H_OUT + h, mask=h < end, other=0).to(tl.float32)
+    tl.store(out + token * H_OUT + h, y.to(out.dtype.element_ty), mask=h < H_OUT)
 
 
 class Dispatch(NamedTuple):
@@ -436,24 +433,24 @@ def masked_moe_triton(call: Call) -> Tensor:
     `down` and the weighted output of each pair are rounded to the dtype of `hidden`. An index outside of
     `[0, E)` drops its pair. Does not wait for the device.
     """
-    hidden, gate_up, down = call.hidden, call.gate_up, call.down
+    hidden, gate_up, down, formula = call.hidden, call.gate_up, call.down, call.formula
     gate_up_bias, down_bias = call.gate_up_bias, call.down_bias
     num_tokens, hidden_size = hidden.shape
+    intermediate_size, output_size = call.intermediate_size, call.output_size
     num_slots = call.scores.shape[-1]
     num_pairs = num_tokens * num_slots
     num_experts = gate_up.shape[0]
-    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    out = hidden.new_empty(num_tokens, output_size)
     if num_pairs == 0:
         return out.zero_()
-    # Logical order is [E, 2I, H] and [E, H, I] whatever the layout; only the strides differ.
+    # Logical order is [E, N, H] and [E, H_out, I] whatever the layout; only the strides differ.
     if call.is_transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-    intermediate_size = down.shape[2]
-    tile = choose_tile(hidden.dtype, num_pairs, num_experts, hidden_size, intermediate_size)
+    sizes = hidden_size, intermediate_size, output_size
+    tile = choose_tile(hidden.dtype, num_pairs, num_experts, *sizes)
     num_tiles = max_tiles(num_pairs, num_experts, tile.rows)
     common = {
         "E": num_experts,
-        "H": hidden_size,
         "I": intermediate_size,
         # TF32 would keep 10 bits of a float32; torch does not use it unless asked either.
         "PRECISION": "ieee" if hidden.dtype == torch.float32 else "tf32",
@@ -484,6 +481,7 @@ def masked_moe_triton(call: Call) -> Tensor:
             hidden,
             gate_up,
             gate_up_bias,
+            pairs.scales if call.weights_on_input else None,
             pairs.order,
             pairs.totals,
             inner,
@@ -491,25 +489,28 @@ def masked_moe_triton(call: Call) -> Tensor:
             *gate_up.stride(),
             *((0, 0) if gate_up_bias is None else gate_up_bias.stride()),
             K=num_slots,
-            ACTIVATION=call.activation.split("(")[0],
-            INTERLEAVED=call.interleaved,
+            H=hidden_size,
+            FORMULA=compile_formula(formula),
+            GATED=formula.is_gated,
+            INTERLEAVED=call.interleaved and formula.is_gated,
             **common,
         )
-        rows = hidden.new_empty(num_pairs, hidden_size)
-        _down_kernel[(num_tiles * triton.cdiv(hidden_size, tile.columns),)](
+        rows = hidden.new_empty(num_pairs, output_size)
+        _down_kernel[(num_tiles * triton.cdiv(output_size, tile.columns),)](
             inner,
             down,
             down_bias,
-            pairs.scales,
+            None if call.weights_on_input else pairs.scales,
             pairs.order,
             pairs.totals,
             rows,
             *down.stride(),
             *((0, 0) if down_bias is None else down_bias.stride()),
+            H_OUT=output_size,
             **common,
         )
-        block_h = min(1024, triton.next_power_of_2(hidden_size))
-        _combine_kernel[(num_tokens, triton.cdiv(hidden_size, block_h))](
-            rows, pairs.keys, out, K=num_slots, H=hidden_size, BLOCK_H=block_h
+        block_h = min(1024, triton.next_power_of_2(output_size))
+        _combine_kernel[(num_tokens, triton.cdiv(output_size, block_h))](
+            rows, pairs.keys, out, K=num_slots, H_OUT=output_size, BLOCK_H=block_h
         )
     return out

@@ -124,7 +124,8 @@ class Formula:
             operands: list[Any] = [values[a] if isinstance(a, str) else a for a in args]
             if function == "same":
                 operands.append(y)
-            values[f"v{i}"] = (FUNCTIONS | OPERATORS)[function](*operands)
+            compute = OPERATORS.get(function) or FUNCTIONS[function]
+            values[f"v{i}"] = compute(*operands)
         return values[self.result].to(y.dtype)
 
 
@@ -184,8 +185,8 @@ class _Reader:
     def _operation(self, node: ast.expr, symbol: str, *args: str | float) -> str | float:
         if all(isinstance(a, float) for a in args):
             return self._number(node, lambda: OPERATORS[symbol](*args))
-        if symbol == "**" and not (isinstance(args[1], float) and math.isfinite(args[1])):
-            raise self._refused(node, "needs a finite number as its exponent")
+        if symbol == "**" and not (isinstance(args[1], float) and math.isfinite(args[1]) and args[1]):
+            raise self._refused(node, "needs a finite number other than 0 as its exponent")
         return self._step(symbol, args)
 
     def _call(self, node: ast.expr, name: str, args: list[str | float]) -> str:

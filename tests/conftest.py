@@ -57,6 +57,32 @@ CASES = [
     Case("H and I past one tile", hidden=72, intermediate=68),
 ]
 
+GPT_OSS = (
+    "(clamp_max(clamp_min(up, -7.0), 7.0) + 1.0) * "
+    "(clamp_max(gate, 7.0) * sigmoid(clamp_max(gate, 7.0) * 1.702))"
+)
+# What differs between families, as arguments of `make_problem`.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "gelu": {"activation": "gelu(gate) * up"},
+    "gelu by tanh, in float32": {"activation": "same(gelu_tanh(float32(gate)) * float32(up))"},
+    "relu, up first": {"activation": "up * relu(gate)"},
+    "limits before silu": {
+        "activation": "silu(clamp_max(gate, 1.5)) * clamp_max(clamp_min(up, -1.5), 1.5)",
+        "interleaved": True,
+    },
+    "gpt-oss": {"activation": GPT_OSS, "interleaved": True, "is_transposed": True, "bias": True},
+    "no gate": {"activation": "square(relu(x))"},
+    "no gate, with biases": {"activation": "gelu(x)", "bias": True, "is_transposed": True},
+    "weights on the input": {"weights_on_input": True, "is_transposed": True},
+    "weights on the input, with biases": {"weights_on_input": True, "bias": True, "interleaved": True},
+    "weights on the input, renormalised": {
+        "activation": "square(relu(x))",
+        "weights_on_input": True,
+        "renormalise": True,
+    },
+    "a wider result": {"width_out": 50, "bias": True, "renormalise": True},
+    "a narrower result": {"width_out": 20, "bias": True, "is_transposed": True},
+}
 
 Problem = dict[str, Any]  # the arguments of the op, by name
 
@@ -71,6 +97,11 @@ def cast(problem: Problem, dtype: torch.dtype) -> Problem:
 
 @pytest.fixture(params=CASES, ids=lambda case: case.why.replace(" ", "-").replace(",", ""))
 def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(params=LAYOUTS.values(), ids=[name.replace(" ", "-").replace(",", "") for name in LAYOUTS])
+def layout(request: pytest.FixtureRequest) -> dict[str, Any]:
     return request.param
 
 

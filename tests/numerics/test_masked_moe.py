@@ -1,5 +1,7 @@
 """The CPU lowering of `masked_moe` against the specification, and the op against what torch asks of one."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +21,7 @@ from modes_fx.kernels.masked_moe import (
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 EXACT = {"rtol": 0, "atol": 0}
-FORMULAS = [f"{name}(gate) * up" for name in ("silu", "gelu", "gelu_tanh", "relu")]
+TENSORS = [field.name for field in dataclasses.fields(Call) if not field.kw_only]
 
 
 # The keep rule.
@@ -84,10 +86,15 @@ def test_reads_every_layout(typical, bias, interleaved, is_transposed, make_prob
     assert_within_budget(masked_moe(**problem), problem)
 
 
-@pytest.mark.parametrize("renormalise", [False, True])
-@pytest.mark.parametrize("activation", FORMULAS)
-def test_applies_every_activation(typical, activation, renormalise, make_problem, assert_within_budget):
-    problem = make_problem(typical, activation=activation, renormalise=renormalise)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_computes_every_kind_of_expert(typical, layout, dtype, make_problem, assert_within_budget):
+    problem = make_problem(typical, dtype, **layout)
+    assert_within_budget(masked_moe(**problem), problem)
+
+
+def test_a_kept_pair_of_weight_zero_still_has_its_biases(typical, make_problem, assert_within_budget):
+    problem = make_problem(typical, bias=True, weights_on_input=True)
+    problem["weights"] = torch.zeros_like(problem["weights"])
     assert_within_budget(masked_moe(**problem), problem)
 
 
@@ -142,10 +149,22 @@ def test_infinite_weights_of_a_dropped_pair_do_not_leak(typical, make_problem, a
 @pytest.mark.parametrize("flags", [{}, {"bias": True, "is_transposed": True, "renormalise": True}])
 def test_passes_every_opcheck(case, flags, make_problem):
     problem = make_problem(case, **flags)
-    names = ["hidden", "scores", "weights", "experts", "modality"]
-    names += ["gate_up", "down", "gate_up_bias", "down_bias"]
-    args = tuple(problem.pop(name) for name in names)
+    args = tuple(problem.pop(name) for name in TENSORS)
     torch.library.opcheck(masked_moe, args, problem)
+
+
+def test_every_kind_of_expert_passes_every_opcheck(typical, layout, make_problem):
+    problem = make_problem(typical, **layout)
+    args = tuple(problem.pop(name) for name in TENSORS)
+    torch.library.opcheck(masked_moe, args, problem)
+
+
+def test_the_schema_lists_the_fields_of_a_call():
+    fields, arguments = dataclasses.fields(Call), masked_moe._schema.arguments
+    assert [(f.name, f.kw_only) for f in fields] == [(a.name, a.kwarg_only) for a in arguments]
+    for f, a in zip(fields, arguments, strict=True):
+        if a.has_default_value():
+            assert f.default == a.default_value, f.name
 
 
 def test_compiles_to_one_graph_for_every_number_of_tokens(typical, make_problem):
@@ -185,21 +204,51 @@ def test_refuses_what_is_no_formula(typical, make_problem):
         masked_moe(**make_problem(typical) | {"activation": "swish(gate) * up"})
 
 
-def test_the_reference_weighs_each_slot_by_its_own_weight():
-    # Two experts that return 1 and 10 times the input: 2 = 1 * w[0], 30 = 10 * w[1].
-    gate_up = torch.tensor([[[1.0], [1.0]], [[10.0], [1.0]]])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"weights": torch.ones(33, 3)}, r"weights and experts must be \[T, K\], .*'weights': \(33, 3\)"),
+        (
+            {"activation": "relu(x)"},
+            r"gate_up must be \(8, 16, 32\), got \(8, 32, 32\): .* one row",
+        ),
+        (
+            {"gate_up": torch.ones(8, 16, 32)},
+            r"gate_up must be \(8, 32, 32\), got \(8, 16, .* two rows",
+        ),
+        ({"is_transposed": True}, r"gate_up must be \(8, 32, 64\).*transposed"),
+        ({"hidden": torch.ones(33, 31)}, "hidden is 31 wide"),
+        ({"gate_up_bias": torch.ones(8, 16)}, r"gate_up_bias must be \(8, 32\), got \(8, 16\)"),
+        ({"down_bias": torch.ones(1, 32)}, r"down_bias must be \(8, 32\), got \(1, 32\)"),
+    ],
+)
+def test_refuses_shapes_that_do_not_fit(wrong, message, typical, make_problem):
+    with pytest.raises(ValueError, match=message):
+        masked_moe(**make_problem(typical) | wrong)
+
+
+@pytest.mark.parametrize(
+    "flags, result",
+    [
+        # Experts that return the square of 1 and of 10 times their input.
+        ({}, 2 * 1**2 + 3 * 10**2),
+        ({"weights_on_input": True}, (2 * 1) ** 2 + (3 * 10) ** 2),
+    ],
+)
+def test_the_reference_weighs_each_slot_by_its_own_weight(flags, result):
     out = reference(
         hidden=torch.ones(1, 1),
         scores=torch.ones(1, 2),
         weights=torch.tensor([[2.0, 3.0]]),
         experts=torch.tensor([[0, 1]]),
         modality=None,
-        gate_up=gate_up,
+        gate_up=torch.tensor([[[1.0]], [[10.0]]]),
         down=torch.ones(2, 1, 1),
         alpha_text=1.0,
         alpha_vision=1.0,
         tau_text=0.0,
         tau_vision=0.0,
-        activation="relu(gate) * up",
+        activation="square(x)",
+        **flags,
     )
-    assert out.item() == 32
+    assert out.item() == result

@@ -16,6 +16,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from modes_fx.kernels.gate_formula import SILU, parse
+from modes_fx.kernels.masked_moe import _cuda
+
+GPT_OSS = (
+    "(clamp_max(clamp_min(up, -7.0), 7.0) + 1.0) * "
+    "(clamp_max(gate, 7.0) * sigmoid(clamp_max(gate, 7.0) * 1.702))"
+)
 KERNELS = ["_threshold_kernel", "_scan_kernel", "_place_kernel", "_gate_up_kernel", "_down_kernel"]
 KERNELS += ["_combine_kernel"]
 
@@ -36,9 +43,18 @@ MODELS = {
     "Qwen3-VL-30B-A3B": Model(2048, 768, 128, 8, torch.bfloat16, {}),
     # Kimi-VL's sizes, in the dtype that holds most registers; its slots are no power of two.
     "Kimi-VL-A3B in float32": Model(2048, 1408, 64, 6, torch.float32, {"renormalise": True}),
-    # gpt-oss' layout: gate and up interleaved, transposed weights, biases.
+    # gpt-oss: gate and up interleaved, transposed weights, biases, a long formula.
     "interleaved": Model(
-        2880, 2880, 32, 4, torch.bfloat16, {"interleaved": True, "is_transposed": True, "bias": True}
+        2880,
+        2880,
+        32,
+        4,
+        torch.bfloat16,
+        {"interleaved": True, "is_transposed": True, "bias": True, "activation": GPT_OSS},
+    ),
+    # Nemotron 3's formula and Llama 4's weights.
+    "no gate, weights on the input": Model(
+        2688, 1856, 128, 6, torch.bfloat16, {"activation": "square(relu(x))", "weights_on_input": True}
     ),
     # Unaligned sizes: loads go through registers.
     "odd sizes": Model(100, 50, 7, 3, torch.float16, {"activation": "gelu(gate) * up", "bias": True}),
@@ -51,8 +67,6 @@ def compile_all(arch: int) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
-
-    from modes_fx.kernels.masked_moe import _cuda
 
     class NoDevice:
         """What `JITFunction.run` asks a driver before it launches."""
@@ -115,6 +129,7 @@ def launch(masked_moe: Any, model: Model, tokens: int) -> None:
 
     H, I, E, K = model[:4]
     flags = dict(model.flags)
+    rows = I * len(parse(flags.get("activation", SILU)).variables)
     bias, transposed = flags.pop("bias", False), flags.get("is_transposed", False)
     masked_moe(
         meta(tokens, H),
@@ -122,9 +137,9 @@ def launch(masked_moe: Any, model: Model, tokens: int) -> None:
         meta(tokens, K),
         meta(tokens, K, dtype=torch.int64),
         None if "renormalise" in flags else meta(tokens, dtype=torch.uint8),
-        meta(E, H, 2 * I) if transposed else meta(E, 2 * I, H),
+        meta(E, H, rows) if transposed else meta(E, rows, H),
         meta(E, I, H) if transposed else meta(E, H, I),
-        meta(E, 2 * I) if bias else None,
+        meta(E, rows) if bias else None,
         meta(E, H) if bias else None,
         alpha_text=0.5,
         alpha_vision=0.25,

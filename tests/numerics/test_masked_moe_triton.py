@@ -4,19 +4,21 @@ import numpy as np
 import pytest
 import torch
 import triton
+import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from modes_fx.kernels import _masked_moe_triton as lowering
+from modes_fx.kernels._gate_formula_triton import STEPS, compile_formula
+from modes_fx.kernels.gate_formula import FUNCTIONS, OPERATORS, parse
 from modes_fx.kernels.masked_moe import OTHER, Call, _cuda, keep_mask
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
 EXACT = {"rtol": 0, "atol": 0}
-FORMULAS = [f"{name}(gate) * up" for name in ("silu", "gelu", "gelu_tanh", "relu")]
 
 pytestmark = [
     # NaN and infinity are among the inputs, and numpy, on which the interpreter runs, says so.
-    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning"),
     pytest.mark.usefixtures("poisoned_memory", "bfloat16_products"),
     pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU"),
 ]
@@ -28,9 +30,9 @@ def bfloat16_products(monkeypatch):
     product = InterpreterBuilder.create_dot
 
     def create_dot(self, a, b, *others):
-        if a.dtype.scalar == triton.language.bfloat16:
+        if a.dtype.scalar == tl.bfloat16:
             wide = [(x.data.astype(np.uint32) << 16).view(np.float32) for x in (a, b)]
-            a, b = (TensorHandle(x, triton.language.float32) for x in wide)
+            a, b = (TensorHandle(x, tl.float32) for x in wide)
         return product(self, a, b, *others)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
@@ -150,18 +152,71 @@ def test_reads_views_where_they_lie(typical, make_problem, assert_within_budget)
     assert_within_budget(run(views), problem)
 
 
-@pytest.mark.parametrize("renormalise", [False, True])
-@pytest.mark.parametrize("activation", FORMULAS)
-def test_applies_every_activation(typical, activation, renormalise, make_problem, assert_within_budget):
-    problem = make_problem(typical, activation=activation, renormalise=renormalise)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_computes_every_kind_of_expert(typical, layout, dtype, make_problem, assert_within_budget):
+    problem = make_problem(typical, dtype, **layout)
     assert_within_budget(run(problem), problem)
 
 
-@pytest.mark.parametrize("activation", FORMULAS)
-def test_activations_agree_far_from_zero(activation, typical, make_problem, assert_within_budget):
-    problem = make_problem(typical, activation=activation)
+def test_a_kept_pair_of_weight_zero_still_has_its_biases(typical, make_problem, assert_within_budget):
+    problem = make_problem(typical, bias=True, weights_on_input=True)
+    problem["weights"] = torch.zeros_like(problem["weights"])
+    assert_within_budget(run(problem), problem)
+
+
+def test_formulas_agree_far_from_zero(typical, layout, make_problem, assert_within_budget):
+    problem = make_problem(typical, **layout)
     problem["hidden"] = problem["hidden"] * 100
     assert_within_budget(run(problem), problem)
+
+
+@triton.jit
+def _apply(a, b, out, FORMULA: tl.constexpr, GATED: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    first, second = tl.load(a + i), tl.load(b + i)
+    tl.store(out + i, FORMULA(first, second) if GATED else FORMULA(first))
+
+
+# Not -0.0, whose sign some powers lose.
+SPECIAL = [0.0, 1e-30, 0.3, -0.3, 1.0, -2.0, 2.5, 19.0, -30.0, 88.0, 100.0, -100.0, 1e18, -1e18]
+SPECIAL += [torch.inf, -torch.inf, torch.nan]
+WITH_A_CASE_OF_THEIR_OWN = {"gelu", "minimum", "maximum", "clamp_min", "clamp_max"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"{name}(x)" for name in FUNCTIONS if name not in WITH_A_CASE_OF_THEIR_OWN]
+    # The gelu of infinity is NaN in torch on some CPUs.
+    + ["gelu(clamp_max(x, 1e30))"]
+    + [f"{name}(gate, up)" for name in ("minimum", "maximum")]
+    + [f"{name}(x, {n})" for name in ("clamp_min", "clamp_max") for n in ("0.5", "-inf", "inf", "-0.1")]
+    + [f"gate {symbol} up" for symbol in "+-*/"]
+    + ["-x", "1e39 - x", "x * 1e-40", "0.1 / x", "x - -0.1", "2 ** 0.5 * x", "up", "gate", "x"]
+    + [f"x ** {n}" for n in (1, 2, -1, 3, -3, 9, 10, -9, -10)]
+    # A negative number has no such power, and libraries differ on that of minus infinity.
+    + [f"clamp_min(x, -1e30) ** {n}" for n in (0.5, -0.5, 1.5, -2.5, 0.3, -1.7)],
+)
+def test_a_step_is_what_torch_computes(text):
+    formula = parse(text)
+    values = torch.tensor(SPECIAL)
+    a, b = (x.flatten() for x in torch.meshgrid(values, values, indexing="ij"))
+    padding = torch.zeros(triton.next_power_of_2(len(a)) - len(a))
+    a, b = torch.cat([a, padding]), torch.cat([b, padding])
+    got = torch.empty_like(a, device=DEVICE)
+    function = compile_formula(formula)
+    _apply[(1,)](a.to(DEVICE), b.to(DEVICE), got, FORMULA=function, GATED=formula.is_gated, N=len(a))
+    want = formula.evaluate(torch.stack([a, b], dim=1) if formula.is_gated else a.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_every_step_of_a_formula_can_be_compiled():
+    assert STEPS.keys() | {"**"} == FUNCTIONS.keys() | OPERATORS.keys()
+
+
+def test_a_formula_is_compiled_once():
+    one, other = parse("silu(gate) * up"), parse("(silu( gate )*up)")
+    assert compile_formula(one) is compile_formula(other)
+    assert compile_formula(one) is not compile_formula(parse("silu(gate) * gate"))
 
 
 def test_equal_inputs_give_equal_bits(typical, make_problem):
