@@ -1,82 +1,108 @@
 """Find the experts of each block in a functional aten graph, by dataflow alone.
 
-transformers builds the experts graph of all its families from a few functions; what differs between families
-(router, gate, bias, layout) sits around or between two grouped matrix products. What is matched, backwards
-from the combine, for `experts_implementation="grouped_mm"`:
+What all implementations of routed experts have in common is two products with per-expert weights, one feeding
+the other, and a sum over a token's slots. What is matched, outwards from the products:
 
-    ids_sorted, perm = sort(view(experts, [T*K]))
-    x   = index(hidden, [perm // K])
-    w   = index(view(weights, [T*K]), [perm])
-    y   = grouped_mm(x, gate_up^T, offsets)     offsets = cumsum(histc(ids_sorted, E))
-    a   = <gate region>(y)                      classified by `gate_region.py`
-    z   = grouped_mm(a, down^T, offsets)
-    out = sum(view(index(z * unsqueeze(w), [inverse(perm)]), [T, K, H]), [1])
+    rows  = a gather (or repetition) of hidden [T, H]                        -> hidden, the experts' input
+    y     = product(rows, gate_up) [+ gate_up_bias[ids]]                     -> gate_up, its layout, its bias
+    a     = elementwise formula of y                                         -> `gate_region.py`
+    z     = product(a, down) [+ down_bias[ids]]                              -> down, its layout, its bias
+    out   = sum over slots(z * weights)                                      -> weights, the block's output
 
-Nothing here changes a graph. A candidate (two grouped products that end in a sum over slots) that does not
-fit is returned as `Declined`, with the reason, so that a rewrite is never silently missing.
+    product, one of        grouped_mm   rows in expert order, with offsets from the sorted expert ids
+                           batched_mm   bmm(rows, weight[ids])
+                           dense        bmm([E, T, .], weight): every expert on every token
+
+    ids, offsets come from experts [T, K]. The weights may multiply the rows in place of z (Llama 4).
+
+How the pairs are ordered, counted and put back in between is not matched step by step: those operators only
+have to be of the kinds that move rows (`_DISPATCH`), and `prove` runs them. Nothing here changes a graph. Two
+products that do not fit are returned as `Declined`, with the reason, so that a rewrite is never silently
+missing.
 """
 
 import operator
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from modes_fx.passes.gate_region import UnknownGate, classify_gate
-
-aten = torch.ops.aten
-
-
-class _Mismatch(Exception):
-    """The walk met something that the pattern does not have; the message says what."""
+from modes_fx.passes.dataflow import (
+    CASTS,
+    LAYOUT_ONLY,
+    VIEWS,
+    Mismatch,
+    aten,
+    between,
+    dtype_of,
+    is_call,
+    is_parameter,
+    is_tensor,
+    name_of,
+    shape_of,
+    static,
+    up_through,
+    upwards,
+)
+from modes_fx.passes.find_router import Router, find_router
+from modes_fx.passes.gate_region import gate_formula
 
 
 @dataclass(frozen=True)
 class Experts:
-    """One block's experts as they stand in the graph.
+    """One block's experts as they stand in the graph: the match record.
 
     Attributes:
+        kind: How the products are spelt: "grouped_mm", "batched_mm" or "dense".
         hidden: Input of the experts, `[T, H]`.
         experts: Chosen experts, `[T, K]`, int64.
-        weights: Routing weights, `[T, K]`.
-        gate_up: Placeholder of the gate and up weights of all experts, `[E, 2I, H]` or transposed.
-        down: Placeholder of the down weights of all experts, `[E, H, I]` or transposed.
+        weights: Routing weights, `[T, K]`; of a dense block `[T, E]`, zero where not chosen.
+        gate_up: Parameter, `[E, 2I, H]`, or `[E, I, H]` without a gate, or transposed.
+        down: Parameter, `[E, H, I]`, or transposed.
+        gate_up_bias, down_bias: Parameters, `[E, 2I]` and `[E, H]`, or None.
         output: The node that holds the weighted sum over slots, `[T, H]`.
         num_experts: E.
         top_k: K.
         is_transposed: The weights lie as `[E, H, 2I]` and `[E, I, H]`.
-        activation: A key of `kernels.masked_moe.ACTIVATIONS`.
+        activation: Formula of the gate, see `kernels/gate_formula.py`.
         interleaved: Gate and up alternate.
-        router: Placeholder of the router weight `[E, H_router]`, or None where the walk found none.
+        weights_on_input: The weights multiply the experts' input.
+        router: Where the weights come from.
     """
 
+    kind: str
     hidden: Node
     experts: Node
     weights: Node
     gate_up: Node
     down: Node
+    gate_up_bias: Node | None
+    down_bias: Node | None
     output: Node
     num_experts: int
     top_k: int
     is_transposed: bool
     activation: str
     interleaved: bool
-    router: Node | None
+    weights_on_input: bool
+    router: Router
+
+    def parameters(self) -> list[Node]:
+        """The expert weights and biases."""
+        return [p for p in (self.gate_up, self.down, self.gate_up_bias, self.down_bias) if p is not None]
 
     def nodes(self) -> list[Node]:
         """The nodes from the block's inputs to its output, in graph order: what the rewrite replaces."""
-        stop = {self.hidden, self.experts, self.weights, self.gate_up, self.down}
-        seen: set[Node] = set()
-        todo = [self.output]
-        while todo:
-            node = todo.pop()
-            if node in seen or node in stop or node.op == "placeholder" or _is_symbolic(node):
-                continue
-            seen.add(node)
-            todo.extend(node.all_input_nodes)
-        return [node for node in self.output.graph.nodes if node in seen]
+        return between([self.output], {self.hidden, self.experts, self.weights, *self.parameters()})
+
+    def traits(self) -> str:
+        """What tells families apart, for people to read."""
+        parts = [self.kind, str(self.router), self.activation]
+        parts += ["interleaved"] * self.interleaved + ["transposed"] * self.is_transposed
+        parts += ["biased"] * (self.gate_up_bias is not None or self.down_bias is not None)
+        parts += ["weights on the input"] * self.weights_on_input
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -88,52 +114,46 @@ class Declined:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Product:
+    """`rows @ weight[expert of the row]`."""
+
+    node: Node
+    rows: Any
+    weight: Node
+    is_transposed: bool
+    kind: str
+    ids: Node | None  # where the expert of each row comes from; None of a dense product
+
+
+# What may stand in a dispatch or a combine: operators that order, count, move and add up rows.
+_DISPATCH = {
+    *LAYOUT_ONLY,
+    *(aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable),
+    *(aten.floor_divide.default, aten.div.Tensor_mode, operator.floordiv, operator.getitem),
+    *(aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.repeat.default),
+    *(aten.repeat_interleave.self_int, aten.scatter.src, aten.scatter.value, aten.index_put.default),
+    *(aten.histc.default, aten.bincount.default, aten.cumsum.default, aten.one_hot.default),
+    *(aten.arange.default, aten.arange.start, aten.arange.start_step, aten.empty_like.default),
+    *(aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default, aten.full.default),
+    *(aten.mul.Tensor, aten.add.Tensor, aten.sum.dim_IntList, aten.bmm.default, aten.sym_size.int),
+    *(aten.index_add.default, aten.scatter_add.default, operator.mul, operator.add),
+}
+
+
 def find_blocks(graph: Graph) -> list[Experts | Declined]:
     """The experts of each block in graph order, which is layer order. Changes nothing."""
+    products = {node: product for node in graph.nodes if (product := _as_product(node)) is not None}
     found: list[Experts | Declined] = []
-    claimed: set[Node] = set()
-    for node in graph.nodes:
-        if not _is(node, aten.sum.dim_IntList):
+    for second in products.values():
+        first = _product_above(second, products)
+        if first is None:
             continue
-        second = _grouped_product_above(node.args[0])
-        first = None if second is None else _grouped_product_above(second.args[0])
-        if second is None or first is None or second in claimed:
-            continue
-        claimed |= {first, second}
         try:
-            found.append(_match_grouped_mm(node))
-        except (_Mismatch, UnknownGate) as reason:
-            found.append(Declined(node, _router_above(node), str(reason)))
+            found.append(_match(first, second))
+        except Mismatch as reason:
+            found.append(Declined(second.node, _router_near(second), str(reason)))
     return found
-
-
-def placeholder_of(node: Node) -> Node | None:
-    """The placeholder that `node` is a view or copy of, or None."""
-    while node.op != "placeholder":
-        if node.op != "call_function" or node.target not in _LAYOUT_ONLY:
-            return None
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
-# Operators that hand the same numbers on, in another shape, stride or dtype.
-_LAYOUT_ONLY = (
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.t.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.expand.default,
-    aten.squeeze.dim,
-    aten.unsqueeze.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten._to_copy.default,
-)
-_CAST = (aten._to_copy.default, aten.clone.default, aten.alias.default, aten.detach.default)
-_VIEW = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
 def _grouped_targets() -> tuple[Any, ...]:
@@ -142,205 +162,266 @@ def _grouped_targets() -> tuple[Any, ...]:
     return (aten._grouped_mm.default,) if fallback is None else (aten._grouped_mm.default, fallback.default)
 
 
-def _is(node: Any, *targets: Any) -> bool:
-    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
-
-
-def _is_symbolic(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.SymInt | int)
-
-
-def _need(node: Any, what: str, *targets: Any) -> Node:
-    if not _is(node, *targets):
-        found = getattr(node, "target", node)
-        raise _Mismatch(f"{what} should be {' or '.join(str(t) for t in targets)}, got {found}")
-    return node
-
-
-def _skip(node: Any, *targets: Any) -> Any:
-    while _is(node, *targets):
-        node = node.args[0]
-    return node
-
-
-def _grouped_product_above(node: Any, reach: int = 48) -> Node | None:
-    """The nearest grouped product that feeds `node` without another sum over slots in between."""
-    todo = [node] if isinstance(node, Node) else []
-    seen: set[Node] = set()
-    while todo and len(seen) < reach:
-        above = todo.pop(0)
-        if _is(above, *_grouped_targets()):
-            return above
-        if above not in seen and not _is(above, aten.sum.dim_IntList) and above.op == "call_function":
-            seen.add(above)
-            todo.extend(above.all_input_nodes)
+def _as_product(node: Node) -> _Product | None:
+    if is_call(node, *_grouped_targets()):
+        weight = _expert_weight(node.args[1])
+        if weight is None or any(a is not None for a in node.args[3:4]) or not isinstance(node.args[2], Node):
+            return None
+        return _Product(node, node.args[0], *weight, "grouped_mm", node.args[2])
+    if is_call(node, aten.bmm.default):
+        left, right = node.args
+        for rows, operand, is_right in ((left, right, True), (right, left, False)):
+            indexed, flipped = _untransposed(operand)
+            if is_call(indexed, aten.index.Tensor) and is_parameter(indexed.args[0]):
+                ids = indexed.args[1]
+                if len(shape_of(indexed.args[0])) == 3 and len(ids) == 1:
+                    kind = "batched_mm"
+                    return _Product(node, rows, indexed.args[0], is_right != flipped, kind, ids[0])
+            elif is_right and is_parameter(indexed) and len(shape_of(indexed)) == 3:
+                return _Product(node, rows, indexed, not flipped, "dense", None)
     return None
 
 
-def _match_grouped_mm(output: Node) -> Experts:
-    if tuple(output.args[1]) != (1,) or (len(output.args) > 2 and output.args[2]):  # type: ignore[arg-type]
-        raise _Mismatch(f"the combine should sum over the slots, dimension 1, got {output.args[1:]}")
-    slots = _need(_skip(output.args[0], *_CAST), "the combine's input", *_VIEW)
-    shape = _shape(slots)
-    if len(shape) != 3:
-        raise _Mismatch(f"the combine should see [T, K, H], got {shape}")
-    top_k = _static(shape[1], "the number of slots")
+def _expert_weight(operand: Any) -> tuple[Node, bool] | None:
+    """The parameter `[E, ., .]`, and whether it enters a product `rows @ weight` as it lies."""
+    node, flipped = _untransposed(operand)
+    return (node, not flipped) if is_parameter(node) and len(shape_of(node)) == 3 else None
 
-    unsorted = _need(_skip(slots.args[0], *_CAST), "the un-permute", aten.index.Tensor)
-    weighted = _need(_skip(unsorted.args[0], *_CAST), "the weighting", aten.mul.Tensor)
-    weight_column, product = _split_weighting(weighted)
-    column = _skip(weight_column.args[0], *_CAST)
-    sorted_weights = _need(column, "the weights in expert order", aten.index.Tensor)
-    perm = _only_index(sorted_weights, "the weights")
-    sort = _permutation_source(perm)
-    _check_inverse(_only_index(unsorted, "the un-permute"), perm)
 
-    second = _need(_skip(product, *_CAST), "the second product", *_grouped_targets())
-    down, down_transposed = _expert_weights(second.args[1], "the down weights")
-    first = _first_product(second)
-    gate_up, gate_up_transposed = _expert_weights(first.args[1], "the gate and up weights")
-    if down_transposed != gate_up_transposed:
-        raise _Mismatch("gate_up and down lie in different layouts")
-    if first.args[2] is not second.args[2]:
-        raise _Mismatch("the two grouped products use different offsets")
-    for product_node in (first, second):
-        if len(product_node.args) > 3 and product_node.args[3] is not None:
-            raise _Mismatch("a bias inside the grouped product")
+def _untransposed(node: Any) -> tuple[Any, bool]:
+    """`node` without a transposition of its last two dimensions, and whether there was one."""
+    if is_call(node, aten.transpose.int) and {d % 3 for d in node.args[1:3]} == {1, 2}:
+        return node.args[0], True
+    if is_call(node, aten.permute.default) and tuple(d % 3 for d in node.args[1]) == (0, 2, 1):
+        return node.args[0], True
+    return node, False
 
-    gathered = _need(_skip(first.args[0], *_CAST), "the gather of tokens", aten.index.Tensor)
-    token = _only_index(gathered, "the gather of tokens")
-    rows = _need(token, "the token of each pair", aten.floor_divide.default)
-    if rows.args[0] is not perm or rows.args[1] != top_k:
-        raise _Mismatch("tokens are not gathered by pair // K")
 
-    weights = _need(_skip(sorted_weights.args[0], *_CAST), "the flat weights", *_VIEW).args[0]
-    experts = _need(sort.args[0], "the flat expert ids", *_VIEW).args[0]
-    hidden = gathered.args[0]
-    for name, value in (("weights", weights), ("experts", experts)):
-        if len(_shape(value)) != 2 or _static(_shape(value)[1], name) != top_k:
-            raise _Mismatch(f"{name} should be [T, {top_k}], got {_shape(value)}")
-    num_experts = _static(_shape(gate_up)[0], "the number of experts")
-    _check_offsets(first.args[2], sort, num_experts)
-    activation, interleaved = classify_gate(first, second.args[0])
-    assert isinstance(hidden, Node) and isinstance(weights, Node) and isinstance(experts, Node)
-    return Experts(
+def _product_above(second: _Product, products: dict[Node, _Product], reach: int = 96) -> _Product | None:
+    """The nearest product whose rows become those of `second`, with no sum or attention in between."""
+    barriers = (aten.sum.dim_IntList, aten.index_add.default, aten.mm.default, aten.addmm.default)
+    if not isinstance(second.rows, Node):
+        return None
+    for count, node in enumerate(upwards(second.rows, stop=lambda n: n in products or is_call(n, *barriers))):
+        if node in products:
+            return products[node]
+        if count > reach:
+            return None
+    return None
+
+
+def _match(first: _Product, second: _Product) -> Experts:
+    if first.kind != second.kind:
+        raise Mismatch(f"one product is {first.kind}, the other {second.kind}")
+    if first.is_transposed != second.is_transposed:
+        raise Mismatch("gate_up and down lie in different layouts")
+    num_experts = static(shape_of(first.weight)[0], "the number of experts")
+    if shape_of(second.weight)[0] != num_experts:
+        raise Mismatch("gate_up and down have different numbers of experts")
+    inner, gate_up_bias = _with_bias(first)
+    activation, interleaved = gate_formula(inner, second.rows)
+    outer, down_bias = _with_bias(second)
+    output, factor = _combine(outer, second)
+    hidden, input_factor = _gathered(first)
+    if (factor is None) == (input_factor is None):
+        many = "both before and after" if factor else "neither before nor after"
+        raise Mismatch(f"the routing weights are applied {many} the experts")
+    column = factor if factor is not None else input_factor
+    if first.kind == "dense":
+        experts, weights = _dense_choice(column, num_experts)
+    else:
+        assert first.ids is not None and second.ids is not None
+        experts = _choice(first.ids)
+        if _choice(second.ids) is not experts:
+            raise Mismatch("the two products follow different choices of experts")
+        weights = _weights(column, experts)
+    block = Experts(
+        kind=first.kind,
         hidden=hidden,
         experts=experts,
         weights=weights,
-        gate_up=gate_up,
-        down=down,
+        gate_up=first.weight,
+        down=second.weight,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
         output=output,
         num_experts=num_experts,
-        top_k=top_k,
-        is_transposed=gate_up_transposed,
+        top_k=static(shape_of(experts)[1], "the number of slots"),
+        is_transposed=first.is_transposed,
         activation=activation,
         interleaved=interleaved,
-        router=find_router(experts, num_experts),
+        weights_on_input=factor is None,
+        router=find_router(experts, None if first.kind == "dense" else weights, num_experts),
     )
+    _check_dispatch(block, inner, second)
+    return block
 
 
-def find_router(experts: Node, num_experts: int) -> Node | None:
-    """The placeholder of the router weight, `[E, H]`, that decides `experts`; None where none does."""
-
-    def is_router(node: Node) -> bool:
-        shape = _shape(node)
-        return len(shape) == 2 and shape[0] == num_experts
-
-    products = (aten.mm.default, aten.addmm.default, aten.linear.default)
-    for node in _upwards(experts, stop=lambda n: _is(n, *products)):
-        if _is(node, *products):
-            for argument in node.all_input_nodes:
-                source = placeholder_of(argument)
-                if source is not None and is_router(source):
-                    return source
-    return None
-
-
-def _router_above(output: Node) -> Node | None:
-    """A router weight above a block that did not match, for the message."""
-    for node in _upwards(output):
-        if _is(node, aten.topk.default):
-            return find_router(node, _shape(node.args[0])[-1])
-    return None
+def _with_bias(product: _Product) -> tuple[list[Node], Node | None]:
+    """The nodes that hold a product's value `[..., B]` in any view, with its bias where it has one."""
+    width = shape_of(product.weight)[2 if product.is_transposed else 1]
+    value = _views(product.node, width)
+    for node in value:
+        for user in node.users:
+            if is_call(user, aten.add.Tensor) and len(user.args) == 2 and not user.kwargs:
+                other = user.args[1] if user.args[0] is node else user.args[0]
+                gathered = up_through(other, *LAYOUT_ONLY)
+                if is_call(gathered, aten.index.Tensor) and is_parameter(gathered.args[0]):
+                    bias = gathered.args[0]
+                    if len(shape_of(bias)) != 2:
+                        raise Mismatch(f"a bias of shape {shape_of(bias)}, which should be [E, .]")
+                    return _views(user, width), bias
+    return value, None
 
 
-def _upwards(node: Node, stop: Callable[[Node], bool] = lambda _: False) -> Iterator[Node]:
-    todo, seen = [node], set()
-    while todo:
-        current = todo.pop(0)
-        if current in seen:
+def _views(node: Node, width: Any) -> list[Node]:
+    """`node` and its views that are still rows of `width` columns."""
+    found = [node]
+    for each in found:
+        found += [user for user in each.users if is_call(user, *VIEWS)]
+    return [each for each in found if shape_of(each)[-1] == width]
+
+
+def _combine(value: list[Node], second: _Product) -> tuple[Node, Node | None]:
+    """The sum over slots below the second product, and what the rows are multiplied by on the way."""
+    users = [user for node in value for user in node.users if user not in value]
+    factor: Any = None
+    at: Any = None
+    while True:
+        if len(users) != 1:
+            raise Mismatch(f"the output of the experts has {len(users)} users, which should be one combine")
+        user = users[0]
+        source = next(n for n in user.all_input_nodes if n in value or n is at)
+        if is_call(user, aten.mul.Tensor) and factor is None:
+            factor = user.args[1] if user.args[0] is source else user.args[0]
+            if not isinstance(factor, Node):
+                raise Mismatch("the expert outputs are multiplied by a constant")
+        elif _is_reduction(user, source, second.kind):
+            return user, factor
+        elif not is_call(user, *LAYOUT_ONLY, aten.index.Tensor) or user.args[0] is not source:
+            raise Mismatch(f"{name_of(user)} on the output of each expert, before the sum over slots")
+        at = user
+        users = list(user.users)
+
+
+def _is_reduction(node: Any, source: Node, kind: str) -> bool:
+    if is_call(node, aten.sum.dim_IntList):
+        dims = [d % len(shape_of(source)) for d in node.args[1]]
+        kept = len(node.args) > 2 and node.args[2]
+        if len(shape_of(source)) != 3 or dims != [0 if kind == "dense" else 1] or kept:
+            raise Mismatch(f"the combine should sum [T, K, H] over the slots, got a sum over {node.args[1]}")
+        return True
+    if is_call(node, aten.index_add.default, aten.scatter_add.default):
+        zeros = (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default, aten.full.default)
+        if not is_call(up_through(node.args[0], *CASTS), *zeros) or node.args[3] is not source:
+            raise Mismatch("the expert outputs are added onto something that is not zero")
+        return True
+    return False
+
+
+def _gathered(first: _Product) -> tuple[Node, Node | None]:
+    """The experts' input above the gather of rows, and what the rows are multiplied by on the way."""
+    node: Any = first.rows
+    factor = None
+    while True:
+        if is_call(node, aten.index.Tensor, aten.index_select.default, aten.repeat.default):
+            node = node.args[0]
+            break
+        if is_call(node, aten.repeat_interleave.self_int):
+            node = node.args[0]
+            break
+        if is_call(node, aten.expand.default):
+            node = node.args[0]
+            while is_call(node, *VIEWS) and len(shape_of(node)) != 2:
+                node = node.args[0]
+            break
+        if is_call(node, aten.mul.Tensor) and factor is None:
+            columns = [a for a in node.args if is_tensor(a) and shape_of(a)[-1] == 1]
+            if len(columns) != 1:
+                raise Mismatch("the rows are multiplied by something that is not one weight per pair")
+            factor = columns[0]
+            node = node.args[1] if node.args[0] is factor else node.args[0]
             continue
-        seen.add(current)
-        yield current
-        if not stop(current):
-            todo.extend(current.all_input_nodes)
+        if not is_call(node, *LAYOUT_ONLY):
+            raise Mismatch(f"the first product should have gathered tokens as rows, got {name_of(node)}")
+        node = node.args[0]
+    if not is_tensor(node) or len(shape_of(node)) != 2:
+        raise Mismatch(f"the experts' input should be [T, H], got {name_of(node)}")
+    return node, factor
 
 
-def _shape(node: Any) -> tuple[Any, ...]:
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    if not isinstance(value, torch.Tensor):
-        raise _Mismatch(f"expected a tensor, got {node}")
-    return tuple(value.shape)
+def _choice(ids: Node) -> Node:
+    """The chosen experts, `[T, K]`, above what orders or counts them."""
+    for node in upwards(ids, stop=lambda n: is_tensor(n) and len(shape_of(n)) == 2):
+        if is_tensor(node) and len(shape_of(node)) == 2 and not dtype_of(node).is_floating_point:
+            return node
+    raise Mismatch("the expert of each row should come from [T, K] chosen experts")
 
 
-def _static(size: Any, what: str) -> int:
-    if not isinstance(size, int):
-        raise _Mismatch(f"{what} is not known at compile time")
-    return size
+def _weights(column: Any, experts: Node) -> Node:
+    """The routing weights, `[T, K]`, above the column that multiplies the rows."""
+    found = None
+    node = column
+    while is_tensor(node):
+        if len(shape_of(node)) == 2 and _same_size(node, experts):
+            found = node
+        movable = (*VIEWS, aten.index.Tensor, aten.expand.default)
+        if not is_call(node, *(movable if found is not None else (*movable, *CASTS))):
+            break
+        node = node.args[0]
+    if found is None:
+        raise Mismatch("the factor of each row should be a routing weight of shape [T, K]")
+    return found
 
 
-def _only_index(node: Node, what: str) -> Node:
-    indices = node.args[1]
-    if not isinstance(indices, list | tuple) or len(indices) != 1 or not isinstance(indices[0], Node):
-        raise _Mismatch(f"{what} should be indexed along its first dimension alone")
-    return indices[0]
+def _same_size(node: Node, experts: Node) -> bool:
+    (tokens, slots), (want, top_k) = shape_of(node), shape_of(experts)
+    return slots == top_k and (tokens is want or tokens == want)
 
 
-def _split_weighting(weighted: Node) -> tuple[Node, Any]:
-    for column, product in (weighted.args[:2], weighted.args[1::-1]):
-        if _is(column, aten.unsqueeze.default):
-            return column, product  # type: ignore[return-value]
-    raise _Mismatch("the expert outputs should be multiplied by one weight per pair")
+def _dense_choice(column: Any, num_experts: int) -> tuple[Node, Node]:
+    """The chosen experts and the dense weights, `[T, E]`, of a block that runs every expert."""
+    weights = None
+    for above in upwards(column, stop=lambda n: not is_call(n, *LAYOUT_ONLY)):
+        if is_tensor(above) and len(shape_of(above)) == 2 and shape_of(above)[1] == num_experts != 1:
+            weights = above
+    if weights is None:
+        raise Mismatch(f"the dense weights should be [T, {num_experts}]")
+    node: Any = weights
+    functions = []
+    while is_call(node, *CASTS, aten.sigmoid.default):
+        functions.append(node.target)
+        node = node.args[0]
+    if not is_call(node, aten.scatter.src) or node.args[1] not in (1, -1):
+        raise Mismatch("the dense weights should be scattered from the chosen ones")
+    base = up_through(node.args[0], *CASTS)
+    fill = base.args[1] if is_call(base, aten.full_like.default) else 0
+    if not is_call(base, aten.full_like.default, aten.zeros_like.default, aten.zeros.default):
+        raise Mismatch(f"the dense weights are scattered onto {name_of(base)}")
+    value = torch.tensor(float(fill))
+    if (torch.sigmoid(value) if aten.sigmoid.default in functions else value) != 0:
+        raise Mismatch("experts that were not chosen have a weight that is not zero")
+    return node.args[2], weights
 
 
-def _permutation_source(perm: Node) -> Node:
-    if not (_is(perm, operator.getitem) and perm.args[1] == 1):
-        raise _Mismatch("pairs should be ordered by the indices of a sort")
-    return _need(perm.args[0], "the order of pairs", aten.sort.default, aten.sort.stable)
+def _check_dispatch(block: Experts, inner: list[Node], second: _Product) -> None:
+    """Between inputs and output are only operators that move rows, and nothing else comes in."""
+    allowed = {*_DISPATCH, *_grouped_targets()}
+    stop = {block.hidden, block.experts, block.weights, *block.parameters()}
+    gate = set(between([second.rows], {*stop, *inner})) - set(between(inner, stop))
+    for node in block.nodes():
+        if node in gate:
+            continue
+        if node.op != "call_function" or node.target not in allowed:
+            raise Mismatch(f"{name_of(node)} between the block's inputs and its output")
 
 
-def _check_inverse(inverse: Node, perm: Node) -> None:
-    _need(inverse, "the inverse permutation", aten.index_put.default)
-    indices: Any = inverse.args[1]
-    values = inverse.args[2]
-    counts_up = _is(values, aten.arange.default, aten.arange.start_step)
-    if len(indices) != 1 or indices[0] is not perm or not counts_up:
-        raise _Mismatch("the un-permute should invert the order of pairs")
-
-
-def _check_offsets(offsets: Any, sort: Node, num_experts: int) -> None:
-    cumsum = _need(_skip(offsets, *_CAST), "the offsets", aten.cumsum.default)
-    histogram = _need(_skip(cumsum.args[0], *_CAST), "the counts", aten.histc.default)
-    if histogram.args[1:] != (num_experts, 0, num_experts - 1):
-        raise _Mismatch(f"the counts should cover experts 0 to {num_experts - 1}, got {histogram.args[1:]}")
-    sorted_ids = _skip(histogram.args[0], *_CAST)
-    if not (_is(sorted_ids, operator.getitem) and sorted_ids.args == (sort, 0)):
-        raise _Mismatch("the counts are not those of the sorted expert ids")
-
-
-def _expert_weights(node: Any, what: str) -> tuple[Node, bool]:
-    """The placeholder of expert weights, and whether it enters the product as it lies (`is_transposed`)."""
-    if _is(node, aten.transpose.int) and {d % 3 for d in node.args[1:3]} == {1, 2}:
-        node, is_transposed = node.args[0], False
-    else:
-        is_transposed = True
-    if not (isinstance(node, Node) and node.op in ("placeholder", "get_attr") and len(_shape(node)) == 3):
-        raise _Mismatch(f"{what} should be a parameter [E, ., .], got {getattr(node, 'target', node)}")
-    return node, is_transposed
-
-
-def _first_product(second: Node) -> Node:
-    first = _grouped_product_above(second.args[0])
-    if first is None:
-        raise _Mismatch("the gate region should start at a grouped product")
-    return first
+def _router_near(second: _Product) -> Node | None:
+    """A router above a block that did not match, for the message."""
+    num_experts = shape_of(second.weight)[0]
+    if second.ids is None or not isinstance(num_experts, int):
+        return None
+    try:
+        return find_router(_choice(second.ids), None, num_experts).weight
+    except Mismatch:
+        return None

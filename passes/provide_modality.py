@@ -21,7 +21,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from modes_fx.kernels.rows_modality import rows_modality
 from modes_fx.modality import token_modality
-from modes_fx.passes.find_blocks import Experts, find_blocks, placeholder_of
+from modes_fx.passes.dataflow import parameter_of
+from modes_fx.passes.find_blocks import Experts, find_blocks
 from modes_fx.passes.unit import (
     FROM_EMBEDDINGS,
     FROM_OTHER_GRAPH,
@@ -41,7 +42,7 @@ def find_token_ids(graph: Graph, unit: Unit) -> Node | None:
     for node in graph.nodes:
         if node.op == "call_function" and node.target is aten.embedding.default:
             table, ids = node.args[:2]
-            source = placeholder_of(table)
+            source = parameter_of(table)
             # Models also look up single tokens, to compare embeddings with them; those are no [B, S].
             if source is None or ids.meta["val"].dim() != 2:
                 continue

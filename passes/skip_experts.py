@@ -1,21 +1,23 @@
 """Rewrite each block's experts into one op that drops pairs, with the layer's constants baked in.
 
 before:  ids, perm = sort(experts); x = hidden[perm // K]; ...; out = sum(view(w * grouped_mm(...)))
-after:   out = modes_fx.masked_moe(hidden, weights, weights, experts, modality, gate_up, down,
+after:   out = modes_fx.masked_moe(hidden, weights, weights, experts, modality, gate_up, down, …,
                                    alpha_text=…, alpha_vision=…, tau_text=…, tau_vision=…)
 
-The router stays as it is; the local score is the routing weight that enters the experts. Every rewrite is
+The router stays as it is; the local score is the routing weight that enters the experts, and alpha is
+divided by the constant factor that the model has folded into it (`Layer.weight_scale`). Every rewrite is
 proved on the spot (`prove.py`). A block whose router the profile does not know is an error for the caller to
 raise; here it is reported and left alone.
 """
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from modes_fx.kernels.masked_moe import masked_moe
+from modes_fx.passes.dataflow import aten, dtype_of
 from modes_fx.passes.find_blocks import Declined, Experts, find_blocks
-from modes_fx.passes.prove import prove
-from modes_fx.passes.unit import BlockReport, Unit
+from modes_fx.passes.prove import Constants, prove
+from modes_fx.passes.unit import NOT_IN_PROFILE, BlockReport, Unit
 from modes_fx.profile import Layer
 
 
@@ -23,17 +25,18 @@ def skip_experts(gm: GraphModule, unit: Unit) -> int:
     """Rewrite the blocks of a graph; returns how many. Each block, rewritten or not, gets a report."""
     count = 0
     for block in find_blocks(gm.graph):
-        layer = None if block.router is None else unit.layer_of(block.router)
+        router = block.router if isinstance(block, Declined) else block.router.weight
+        layer = None if router is None else unit.layer_of(router)
         name = None if layer is None else layer.name
         if isinstance(block, Declined):
             unit.blocks.append(BlockReport(name, False, block.reason))
             continue
-        report = BlockReport(name, False, "", block.num_experts, block.top_k)
+        report = BlockReport(name, False, "", block.num_experts, block.top_k, traits=block.traits())
         unit.blocks.append(report)
-        if block.router is None:
+        if router is None:
             report.reason = "its router was not found in this graph"
         elif layer is None:
-            report.reason = "its router is not in the profile"
+            report.reason = NOT_IN_PROFILE
         elif (layer.num_experts, layer.top_k) != (block.num_experts, block.top_k):
             report.reason = (
                 f"the profile has {layer.num_experts} experts, top {layer.top_k}, "
@@ -42,48 +45,79 @@ def skip_experts(gm: GraphModule, unit: Unit) -> int:
         elif unit.modality is None:
             report.reason = "no modality was provided (the pass provide_modality is switched off)"
         else:
-            weights = (unit.real(block.gate_up), unit.real(block.down))
-            proof = prove(block, *weights)
+            rewritten = build(gm, block, layer, unit)
+            real = {parameter: unit.real(parameter) for parameter in block.parameters()}
+            proof = prove(block, rewritten, unit.modality, real, constants_of(unit, router))
             report.max_error = proof.error
             if not proof.holds:
+                gm.graph.eliminate_dead_code()
                 report.reason = f"the rewrite differs from the model: {proof}"
                 continue
-            _rewrite(gm, block, layer, unit)
+            block.output.replace_all_uses_with(rewritten)
             report.rewritten = True
             count += 1
     return count
 
 
-def _rewrite(gm: GraphModule, block: Experts, layer: Layer, unit: Unit) -> None:
-    graph = gm.graph
-    profile = unit.profile
+def constants_of(unit: Unit, router: Node) -> Constants:
+    """What the profile says of the layer whose router weight this is; not what the rewrite says."""
+    layer = unit.layer_of(router)
+    assert layer is not None
+    return Constants(
+        layer.weight_alpha_text, layer.weight_alpha_vision, unit.profile.tau_text, unit.profile.tau_vision
+    )
+
+
+def build(gm: GraphModule, block: Experts, layer: Layer, unit: Unit) -> Node:
+    """The nodes that are to stand for `block`, before its output; returns the last."""
+    graph, profile = gm.graph, unit.profile
+    hidden, weights = block.hidden, block.weights
     with graph.inserting_before(block.output):
+        if dtype_of(hidden) != dtype_of(block.gate_up):
+            hidden = _cast(gm, hidden, dtype_of(block.gate_up))
+        if block.kind == "dense":
+            weights = graph.call_function(aten.gather.default, (weights, 1, block.experts))
+            weights.meta["val"] = _like(block.experts, dtype_of(block.weights))
         out = graph.call_function(
             masked_moe,
             (
-                block.hidden,
-                block.weights,
-                block.weights,
+                hidden,
+                weights,
+                weights,
                 block.experts,
                 unit.modality,
                 block.gate_up,
                 block.down,
-                None,
-                None,
+                block.gate_up_bias,
+                block.down_bias,
             ),
             {
-                "alpha_text": layer.alpha_text,
-                "alpha_vision": layer.alpha_vision,
+                "alpha_text": layer.weight_alpha_text,
+                "alpha_vision": layer.weight_alpha_vision,
                 "tau_text": profile.tau_text,
                 "tau_vision": profile.tau_vision,
                 "activation": block.activation,
                 "interleaved": block.interleaved,
                 "is_transposed": block.is_transposed,
+                "weights_on_input": block.weights_on_input,
                 "layer": layer.name,
             },
         )
-        want = block.output.meta["val"].dtype
-        if want != block.hidden.meta["val"].dtype:
-            out = graph.call_function(torch.ops.aten._to_copy.default, (out,), {"dtype": want})
-    out.meta = dict(block.output.meta)
-    block.output.replace_all_uses_with(out)
+        out.meta = {**block.output.meta, "val": _like(block.output, dtype_of(block.gate_up))}
+        if dtype_of(out) != dtype_of(block.output):
+            out = _cast(gm, out, dtype_of(block.output))
+            out.meta = dict(block.output.meta)
+    return out
+
+
+def _cast(gm: GraphModule, node: Node, dtype: torch.dtype) -> Node:
+    cast = gm.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+    cast.meta["val"] = _like(node, dtype)
+    return cast
+
+
+def _like(node: Node, dtype: torch.dtype) -> torch.Tensor:
+    """A fake value of the same shape."""
+    value = node.meta["val"]
+    with value.fake_mode:
+        return torch.empty_like(value, dtype=dtype)

@@ -17,6 +17,8 @@ FROM_OTHER_GRAPH = "token ids of another graph of the same call"
 FROM_EMBEDDINGS = "rows of the embedding table"
 UNKNOWN = "unknown"
 
+NOT_IN_PROFILE = "its router is not in the profile"
+
 
 @dataclass
 class BlockReport:
@@ -96,6 +98,12 @@ class Unit:
     def layers(self) -> list[str]:
         """Names of the layers that this graph runs rewritten, in graph order."""
         return [block.layer for block in self.blocks if block.rewritten and block.layer is not None]
+
+    def specialise(self, layer: str, how: str) -> None:
+        """Note what a layer's constants let a pass simplify."""
+        for block in self.blocks:
+            if block.layer == layer and block.rewritten:
+                block.specialised = (*block.specialised, how)
 
     def close(self) -> None:
         """Let go of what only compiling needs: it would keep activations and the graph alive."""

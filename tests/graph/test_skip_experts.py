@@ -63,7 +63,7 @@ def test_each_op_has_the_constants_of_its_own_layer(traced, profile):
             "alpha_vision": layer.alpha_vision,
             "tau_text": profile.tau_text,
             "tau_vision": profile.tau_vision,
-            "activation": "silu",
+            "activation": "silu(gate) * up",
             "interleaved": False,
             "is_transposed": False,
             "layer": layer.name,
