@@ -32,7 +32,7 @@ from modes_fx.measure import (
 from modes_fx.modality import TEXT, VISION
 from modes_fx.profile import Layer, Profile, fingerprint, normalise, write_atomically
 from modes_fx.progress import Bar, progress_bar
-from modes_fx.skipping import Counts, Rule, Tokens, call_tokens, drop_block, keep_all, skip
+from modes_fx.skipping import Rule, Tokens, drop_block, keep_all, skip
 
 Variant = Literal["modality", "paper"]
 # What is dropped, one forward each: "modality" is what the paper's code does, "paper" what its text says.
@@ -138,10 +138,9 @@ def _measured(
             continue
         encoder = EncoderMemory(model)
         scales = list(state.weight_scales)
-        with encoder.for_batch(index), skip(model, blocks, _measure_scales(scales), *ids) as counts:
+        with encoder.for_batch(index), skip(model, blocks, _measure_scales(scales), *ids):
             original = answer_logits(model, batch)
         check_finite(original, f"the original model, batch {index}")
-        _check_top_k(blocks, counts, call_tokens(batch, *ids))
         sums = [list(row) for row in state.kl_sums]
         for i, block in enumerate(blocks if len(original) else ()):
             for j, modality in enumerate(dropped):
@@ -194,15 +193,6 @@ def _measure_scales(scales: list[float | None]) -> Rule:
         return keep_all(block, weights, tokens)
 
     return rule
-
-
-def _check_top_k(blocks: Sequence[Block], counts: Counts, tokens: Tokens) -> None:
-    for block, pairs in zip(blocks, counts.pairs.sum(-1).tolist(), strict=True):
-        if pairs != block.top_k * int(tokens.real.sum()):
-            raise ModesError(
-                f"{block.name} was to route every token to {block.top_k} experts and did not "
-                f"({pairs} pairs for {int(tokens.real.sum())} tokens); this family is not supported yet."
-            )
 
 
 def _profile(
