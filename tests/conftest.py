@@ -111,6 +111,11 @@ def typical() -> Case:
 
 
 @pytest.fixture
+def small() -> Case:
+    return Case("small")
+
+
+@pytest.fixture
 def make_problem() -> Callable[..., Problem]:
     def make(
         case: Case,

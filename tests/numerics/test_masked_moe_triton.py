@@ -153,20 +153,14 @@ def test_reads_views_where_they_lie(typical, make_problem, assert_within_budget)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_computes_every_kind_of_expert(typical, layout, dtype, make_problem, assert_within_budget):
-    problem = make_problem(typical, dtype, **layout)
+def test_computes_every_kind_of_expert(small, layout, dtype, make_problem, assert_within_budget):
+    problem = make_problem(small, dtype, **layout)
     assert_within_budget(run(problem), problem)
 
 
 def test_a_kept_pair_of_weight_zero_still_has_its_biases(typical, make_problem, assert_within_budget):
     problem = make_problem(typical, bias=True, weights_on_input=True)
     problem["weights"] = torch.zeros_like(problem["weights"])
-    assert_within_budget(run(problem), problem)
-
-
-def test_formulas_agree_far_from_zero(typical, layout, make_problem, assert_within_budget):
-    problem = make_problem(typical, **layout)
-    problem["hidden"] = problem["hidden"] * 100
     assert_within_budget(run(problem), problem)
 
 
