@@ -14,7 +14,7 @@ The language is a small part of Python's expressions, read with `ast` and never 
     functions   the keys of `FUNCTIONS`
 
 A formula is kept as the list of its steps, each distinct one once; `evaluate` runs them with torch, and
-`_masked_moe_triton` writes them as a kernel function.
+`_gate_formula_triton` writes them as a kernel's function.
 """
 
 import ast

@@ -165,7 +165,7 @@ class Call:
 
 
 def reference(*args: Any, **kwargs: Any) -> Tensor:
-    """The specification, for any dtype: slot by slot and expert by expert, in plain torch.
+    """The specification, for any dtype: expert by expert, in plain torch.
 
     Arguments as in `Call`.
 
@@ -176,16 +176,15 @@ def reference(*args: Any, **kwargs: Any) -> Tensor:
     hidden, keep = call.hidden, call.keep()
     weights = kept_weights(call.weights, keep, call.renormalise)
     out = hidden.new_zeros(hidden.shape[0], call.output_size)
-    for slot in range(keep.shape[1]):
-        for e in range(call.gate_up.shape[0]):
-            tokens = (keep[:, slot] & (call.experts[:, slot] == e)).nonzero().squeeze(-1)
-            x, weight = hidden[tokens], weights[tokens, slot].unsqueeze(-1)
-            if call.weights_on_input:
-                x = (x * weight).to(hidden.dtype)
-            y = _expert(call, e, x)
-            if not call.weights_on_input:
-                y = y * weight
-            out[tokens] += y.to(hidden.dtype)
+    for e in range(call.gate_up.shape[0]):
+        tokens, slots = (keep & (call.experts == e)).nonzero(as_tuple=True)
+        x, weight = hidden[tokens], weights[tokens, slots].unsqueeze(-1)
+        if call.weights_on_input:
+            x = (x * weight).to(hidden.dtype)
+        y = _expert(call, e, x)
+        if not call.weights_on_input:
+            y = y * weight
+        out.index_add_(0, tokens, y.to(hidden.dtype))
     return out
 
 
