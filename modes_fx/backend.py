@@ -10,19 +10,28 @@ run one graph for several layers, with the first one's constants.
 import logging
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import nn
 from torch.fx import GraphModule, Node
 
+from modes_fx.embeddings import EmbeddedTokens, EmbeddingTable, find_embedding
 from modes_fx.errors import ProfileError, RewriteError
 from modes_fx.lowering import Compiled, compile_graph
 from modes_fx.passes import PIPELINE, run_passes
-from modes_fx.passes.unit import UNKNOWN, Unit, is_token_embedding
+from modes_fx.passes.unit import (
+    FROM_EMBEDDINGS,
+    FROM_OTHER_GRAPH,
+    UNKNOWN,
+    Fingerprints,
+    Unit,
+    is_token_embedding,
+)
 from modes_fx.profile import Profile
-from modes_fx.runtime import EmbeddingTable, RewrittenGraph, Run, find_embedding_table
+from modes_fx.runtime import RewrittenGraph, Run, WatchedGraph
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +95,9 @@ class Backend:
         self.lowering = lowering
         self.disable = tuple(disable)
         self.graphs: list[Unit] = []
-        self.run = Run(profile, strict)
+        self.fingerprints = Fingerprints()
+        self.run = Run(profile, strict, self.fingerprints)
+        self._tables: weakref.WeakKeyDictionary[nn.Module, EmbeddingTable] = weakref.WeakKeyDictionary()
         raise_recompile_limit(len(profile.layers))
 
     @property
@@ -110,37 +121,36 @@ class Backend:
         # Dynamo's settings belong to a thread, and this one may not be the one that made the backend.
         raise_recompile_limit(len(self.profile.layers))
         inputs = list(example_inputs)
-        unit = Unit(self.profile, inputs)
-        unit.modality_is_known = self.run.modality_is_known([layer.name for layer in unit.routers.values()])
+        unit = Unit(self.profile, inputs, compile_id=_compile_id(), fingerprint=self.fingerprints)
         has_tokens = _looks_up_tokens(gm, unit)
+        embedded = None if has_tokens else self._embedded_tokens(inputs)
         if not unit.routers and not has_tokens and not _has_experts(gm):
-            return compile_graph(gm, inputs, self.lowering)
-        table = None
-        if not unit.modality_is_known and not has_tokens:
-            table, unit.embeds = self._embedded_tokens(inputs)
+            compiled = compile_graph(gm, inputs, self.lowering)
+            return compiled if embedded is None else WatchedGraph(compiled, self.run, embedded)
+        if self.run.modality_is_known([layer.name for layer in unit.routers.values()]):
+            unit.modality_elsewhere = FROM_OTHER_GRAPH
+        elif embedded is not None and embedded.read(inputs) is not None:
+            unit.modality_elsewhere = FROM_EMBEDDINGS
 
         def rewrite(aten_gm: GraphModule) -> Callable[[Compiled], Compiled]:
             run_passes(aten_gm, unit, PIPELINE, self.disable)
             self._check(unit)
-            return lambda compiled: RewrittenGraph(compiled, unit, self.run, table)
+            return lambda compiled: RewrittenGraph(compiled, unit, self.run, embedded)
 
         _guard_on(gm, unit.routers)
         compiled = compile_graph(gm, inputs, self.lowering, rewrite)
-        # Only needed while compiling; they would keep activations and the graph alive.
-        unit.inputs, unit.modality = [], None
+        unit.close()
         self.graphs.append(unit)
         return compiled
 
-    def _embedded_tokens(self, inputs: Sequence[Any]) -> tuple[EmbeddingTable | None, int | None]:
-        """The model's embedding table, and which input holds rows of it."""
-        weight = find_embedding_table(self.profile)
-        if weight is None:
-            return None, None
-        table = EmbeddingTable(weight, self.profile)
-        for index, value in enumerate(inputs):
-            if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter) and table.holds(value):
-                return table, index
-        return None, None
+    def _embedded_tokens(self, inputs: Sequence[Any]) -> EmbeddedTokens | None:
+        """The inputs that have the shape of embedded tokens, and the model's table to read them with."""
+        embedding = find_embedding(self.profile)
+        if embedding is None:
+            return None
+        table = self._tables.setdefault(embedding, EmbeddingTable(embedding, self.profile))
+        indices = [index for index, value in enumerate(inputs) if table.may_hold(value)]
+        return EmbeddedTokens(table, indices) if indices else None
 
     def _check(self, unit: Unit) -> None:
         """Every router of the profile in this graph has its block rewritten, and no block is left alone."""
@@ -181,6 +191,11 @@ def raise_recompile_limit(num_layers: int) -> None:
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * needed)
 
 
+def _compile_id() -> str | None:
+    current = torch._guards.CompileContext.current_compile_id()
+    return None if current is None else str(current)
+
+
 def _has_experts(gm: GraphModule) -> bool:
     return any("grouped_mm" in str(node.target) for node in gm.graph.nodes if node.op == "call_function")
 
@@ -205,4 +220,3 @@ def _guard_on(gm: GraphModule, indices: Iterable[int]) -> None:
         grapharg = placeholders[index].meta.get("grapharg")
         if grapharg is not None:
             install_guard(grapharg.source.make_guard(GuardBuilder.ID_MATCH))
-

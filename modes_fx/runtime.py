@@ -3,72 +3,105 @@
 Graphs are pure; this module holds the only state, one set per backend and thread.
 """
 
-import logging
-import sys
 import threading
 import warnings
-from collections.abc import Collection
+import weakref
+from collections.abc import Callable, Collection
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modes_fx.calls import is_marked, mark, running_modules
+from modes_fx.embeddings import EmbeddedTokens
+from modes_fx.embeddings import EmbeddingTable as EmbeddingTable
 from modes_fx.errors import RewriteError
-from modes_fx.kernels.rows_modality import row_keys
 from modes_fx.lowering import Compiled
-from modes_fx.modality import OTHER, token_modality
-from modes_fx.passes.provide_modality import MODALITY, TABLE_KEYS
-from modes_fx.passes.unit import UNKNOWN, Unit, is_token_embedding
+from modes_fx.modality import OTHER
+from modes_fx.passes.provide_modality import MODALITY
+from modes_fx.passes.unit import Fingerprints, Unit, may_be_router
 from modes_fx.profile import Profile
-
-log = logging.getLogger(__name__)
 
 
 class Run(threading.local):
     """State of the call that is running in this thread.
 
-    The modality that one graph gives is good for the rest of its own call alone. A call ends unseen, so each
-    layer may take it once: a layer that comes for it again belongs to a later call, whose token ids nobody
-    has seen.
+    The modality that one graph gives is good for the rest of its own call alone, which is the innermost
+    running call of a module that holds all layers of the profile (`modes_fx.calls`). Should such a module run
+    its layers twice, on tokens that nobody has seen the second time, it is not good for that either: each
+    layer may take it once.
     """
 
-    def __init__(self, profile: Profile, strict: bool) -> None:
+    def __init__(self, profile: Profile, strict: bool, fingerprints: Fingerprints | None = None) -> None:
+        self.profile = profile
         self.order = {layer.name: index for index, layer in enumerate(profile.layers)}
         self.names = [layer.name for layer in profile.layers]
         self.strict = strict
+        self.fingerprints = fingerprints or Fingerprints()
         self.modality: Tensor | None = None
+        self.call: object = None
         self.taken: set[int] = set()
+        self.ran_since = True
         self.last = -1
         self.short_passes = 0
         self.warned: set[str] = set()
         self.executed = [0] * len(self.names)
+        self._is_whole: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
     def modality_is_known(self, layers: Collection[str] = ()) -> bool:
         """A graph of this call has given a modality, and none of these layers has taken it yet."""
         left = len(self.taken) < len(self.names) and not self.taken & {self.order[name] for name in layers}
-        return self.modality is not None and left
+        return self.modality is not None and left and is_marked(self._key, self.call)
 
     def give(self, modality: Tensor) -> None:
-        """A graph has seen the token ids of this call.
+        """A graph has seen the tokens of this call.
 
         Raises:
-            RewriteError: No layer at all took those of the two calls before, with `strict`.
+            RewriteError: No layer at all ran in the two calls before, with `strict`.
         """
-        ignored = self.modality is not None and not self.taken
+        # Not told by `taken`: a layer whose pairs all stay needs no modality.
+        ignored = not self.ran_since
         self.short_passes = self.short_passes + 1 if ignored else self.short_passes
         if ignored and self.short_passes > 1:
             self._complain(range(len(self.names)))
-        self.modality = modality
-        self.taken = set()
+        self.modality, self.call, self.taken, self.ran_since = None, None, set(), False
+        frame = self._running_call()
+        if frame is not None:
+            self.modality, self.call = modality, object()
+            mark(frame, self._key, self.call)
 
     def take(self, layers: list[int], num_tokens: int) -> Tensor | None:
         """The modality of this call, `[T]`, uint8, or None where it is not known."""
         modality = self.modality
-        if modality is None or modality.numel() != num_tokens or self.taken & set(layers):
+        if (
+            modality is None
+            or modality.numel() != num_tokens
+            or self.taken & set(layers)
+            or not is_marked(self._key, self.call)
+        ):
             self.modality = None
             return None
         self.taken |= set(layers)
         return modality
+
+    @property
+    def _key(self) -> str:
+        return f"__modes_fx_{id(self):x}"
+
+    def _running_call(self) -> FrameType | None:
+        """The frame of the innermost running call of a module that holds all layers of the profile."""
+        for frame, module in running_modules():
+            if module not in self._is_whole:
+                self._is_whole[module] = self._holds_all_layers(module)
+            if self._is_whole[module]:
+                return frame
+        return None
+
+    def _holds_all_layers(self, module: nn.Module) -> bool:
+        routers = (p for p in module.parameters() if may_be_router(self.profile, p) and not p.is_meta)
+        wanted = {layer.fingerprint for layer in self.profile.layers}
+        return wanted <= {self.fingerprints(router) for router in routers}
 
     def ran(self, layers: list[int]) -> None:
         """These layers ran rewritten. Layers run in order, so a gap means that some ran outside.
@@ -76,6 +109,7 @@ class Run(threading.local):
         Raises:
             RewriteError: A layer in between did not run rewritten, with `strict`.
         """
+        self.ran_since |= bool(layers)
         for layer in layers:
             if layer <= self.last:
                 self._finish_pass()
@@ -108,8 +142,9 @@ class Run(threading.local):
         """Say once that this call skips nothing."""
         self._warn_once(
             "modality",
-            "The modality of the tokens is unknown, so nothing is skipped: no graph of this call saw "
-            "input_ids or rows of the token embedding. Call the model with input_ids.",
+            "The modality of the tokens is unknown, so nothing is skipped: no compiled graph of this call "
+            "saw input_ids or exact rows of the token embedding. Compile what embeds the tokens too, call it "
+            "with input_ids, and call the layers through the model: model.compile(backend=...).",
         )
 
     def _warn_once(self, about: str, message: str) -> None:
@@ -124,23 +159,20 @@ class RewrittenGraph:
     # Takes its arguments as one list, so that the compiled graph may free them early.
     _boxed_call = True
 
-    def __init__(self, compiled: Compiled, unit: Unit, run: Run, table: "EmbeddingTable | None") -> None:
+    def __init__(
+        self, compiled: Compiled, unit: Unit, run: Run, embedded: EmbeddedTokens | None = None
+    ) -> None:
         self.compiled = compiled
         self.run = run
-        self.table = table
-        self.extra_inputs = tuple(unit.extra_inputs)
+        self.embedded = embedded
+        self.takes_modality = MODALITY in unit.extra_inputs
         self.gives_modality = unit.gives_modality
         self.layers = [run.order[name] for name in unit.layers()]
-        self.known = unit.modality_source != UNKNOWN
         self.num_tokens = _TokenCount(unit)
 
     def __call__(self, args: list[Any]) -> Any:
-        for name in self.extra_inputs:
-            if name == MODALITY:
-                args.append(self._modality(args))
-            else:
-                assert self.table is not None
-                args.append(self.table.keys() if name == TABLE_KEYS else self.table.modality())
+        if self.takes_modality:
+            args.append(self._modality(args))
         outputs = self.compiled(args)
         if self.gives_modality:
             *outputs, modality = outputs
@@ -151,11 +183,35 @@ class RewrittenGraph:
 
     def _modality(self, args: list[Any]) -> Tensor:
         num_tokens, device = self.num_tokens(args), self.num_tokens.device
-        modality = self.run.take(self.layers, num_tokens) if self.known else None
+        modality = self.run.take(self.layers, num_tokens)
+        if modality is None and self.embedded is not None:
+            modality = self.embedded.read(args, num_tokens)
+            if modality is not None:
+                self.run.give(modality)
+                self.run.taken |= set(self.layers)
         if modality is None:
             self.run.warn_unknown()
             return torch.full((num_tokens,), OTHER, dtype=torch.uint8, device=device)
         return modality.to(device)
+
+
+class WatchedGraph:
+    """A graph without experts, as it was, that gives the modality where embedded tokens come in.
+
+    Which graph that is shows at run time: a model's first layers may be dense, and then they share a graph.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], run: Run, embedded: EmbeddedTokens) -> None:
+        self.compiled = compiled
+        self.run = run
+        self.embedded = embedded
+
+    def __call__(self, *args: Any) -> Any:
+        if not self.run.modality_is_known():
+            modality = self.embedded.read(args)
+            if modality is not None:
+                self.run.give(modality)
+        return self.compiled(*args)
 
 
 class _TokenCount:
@@ -192,71 +248,3 @@ class _TokenCount:
             if symbol in self.size.free_symbols
         }
         return int(self.size.subs(values))
-
-
-class EmbeddingTable:
-    """Keys of a token embedding's rows, to read ids back from embedded tokens; follows the live weight."""
-
-    def __init__(self, weight: Tensor, profile: Profile) -> None:
-        self.weight = weight
-        self.profile = profile
-        self._state: Any = None
-        self._keys: Tensor
-        self._modality: Tensor
-
-    def keys(self) -> Tensor:
-        """Sorted keys, `[V]`, int64."""
-        self._refresh()
-        return self._keys
-
-    def modality(self) -> Tensor:
-        """Modality of the token behind each key, `[V]`, uint8."""
-        self._refresh()
-        return self._modality
-
-    def holds(self, rows: Tensor) -> bool:
-        """Whether `rows` look like embedded tokens: some are rows of the table. Reads values."""
-        if rows.dim() < 2 or rows.shape[-1] != self.weight.shape[-1] or rows.dtype != self.weight.dtype:
-            return False
-        return bool(torch.isin(row_keys(rows), self.keys()).any())
-
-    @torch.no_grad()
-    def _refresh(self) -> None:
-        # Weights that were made under inference mode have no version to look at.
-        version = 0 if self.weight.is_inference() else self.weight._version
-        state = (self.weight.data_ptr(), version)
-        if state == self._state:
-            return
-        profile = self.profile
-        ids = torch.arange(self.weight.shape[0], device=self.weight.device)
-        modality = token_modality(ids, profile.visual_token_ids, profile.special_token_ids)
-        keys, order = row_keys(self.weight).sort(stable=True)
-        modality = modality[order]
-        # Tokens that share one row (untrained ones) cannot be told apart: a special one among them protects
-        # all.
-        if keys.shape[0] > 1:
-            group = torch.cat([keys.new_zeros(1), (keys[1:] != keys[:-1]).cumsum(0)])
-            special = torch.zeros_like(keys).index_add_(0, group, (modality == OTHER).long())
-            modality = torch.where(special[group] > 0, OTHER, modality).to(torch.uint8)
-        self._keys, self._modality, self._state = keys, modality, state
-
-
-def find_embedding_table(profile: Profile) -> Tensor | None:
-    """The token embedding of the model that is being compiled, found among the modules on the stack."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    translator: Any = InstructionTranslator.current_tx()
-    scopes = [] if translator is None else [translator.output.local_scope]
-    frame = sys._getframe()
-    while frame is not None:
-        scopes.append(frame.f_locals)
-        frame = frame.f_back  # type: ignore[assignment]
-    seen: set[int] = set()
-    for scope in scopes:
-        for value in list(scope.values()):
-            if isinstance(value, nn.Module) and id(value) not in seen:
-                seen.add(id(value))
-                for module in value.modules():
-                    if isinstance(module, nn.Embedding) and is_token_embedding(profile, module.weight):
-                        return module.weight
-    return None

@@ -2,16 +2,17 @@
 
 In order of preference:
 
-1.  The graph embeds token ids.       2.  Another graph of this call did.  3.  The graph gets embedded tokens.
+1.  The graph embeds token ids.       2.  It gets embedded tokens.     3.  Neither: the wrapper knows.
 
-    before:  x = embedding(table, ids)    before:  (no ids)                before:  inputs_embeds
-    after:   m = token_modality(ids)      after:   m = <one more input>    after:   m = rows_modality(
-             ...                                                                        inputs_embeds, table)
-             return (..., m)                                                        return (..., m)
+    before:  x = embedding(table, ids)    before:  inputs_embeds           before:  (no ids)
+    after:   m = token_modality(ids)      after:   m = rows_modality(      after:   m = <one more input>
+             ...                               inputs_embeds, table)
+             return (..., m)                       return (..., m)
 
-Graphs stay pure: who fills the added input and keeps the added output is the wrapper (`modes_fx.runtime`). In
-case 3 the ids come back from the rows themselves, which are exact copies of rows of the embedding table; a
-row that is none is a visual token.
+Graphs stay pure. In a compiled model the wrapper (`modes_fx.runtime`) keeps what a graph gives for the others
+of the same call, and fills the added input from it, or from embedded tokens that it reads itself; case 2 is
+for exported programs, which have no wrapper. Rows of embedded tokens are exactly what the embedding makes of
+their ids, so the modality can be read back; a row that is no token's comes from the vision encoder.
 """
 
 from typing import Any
@@ -23,14 +24,7 @@ from modes_fx.kernels.rows_modality import rows_modality
 from modes_fx.modality import token_modality
 from modes_fx.passes.dataflow import parameter_of
 from modes_fx.passes.find_blocks import Experts, find_blocks
-from modes_fx.passes.unit import (
-    FROM_EMBEDDINGS,
-    FROM_OTHER_GRAPH,
-    FROM_TOKEN_IDS,
-    UNKNOWN,
-    Unit,
-    is_token_embedding,
-)
+from modes_fx.passes.unit import FROM_EMBEDDINGS, FROM_TOKEN_IDS, Unit, is_token_embedding
 
 aten = torch.ops.aten
 
@@ -67,31 +61,26 @@ def provide_modality(gm: GraphModule, unit: Unit) -> int:
         unit.modality_source = FROM_TOKEN_IDS
     elif not experts:
         return 0
-    elif unit.modality_is_known:
-        unit.modality = _input(graph, unit, MODALITY, experts[0])
-        unit.modality_source = FROM_OTHER_GRAPH
     elif unit.embeds is not None:
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        rows = graph.find_nodes(op="placeholder")[unit.embeds]
         keys = _input(graph, unit, TABLE_KEYS, experts[0])
         table = _input(graph, unit, TABLE_MODALITY, experts[0])
         with graph.inserting_after(table):
-            rows = placeholders[unit.embeds]
             unit.modality = graph.call_function(rows_modality, (rows, keys, table))
         unit.modality_source = FROM_EMBEDDINGS
     else:
-        # The wrapper still gives one, all "other", so that a call whose modality is unknown skips nothing.
         unit.modality = _input(graph, unit, MODALITY, experts[0])
-        unit.modality_source = UNKNOWN
-    if unit.modality_source in (FROM_TOKEN_IDS, FROM_EMBEDDINGS):
-        output = next(node for node in reversed(graph.nodes) if node.op == "output")
-        output.args = ((*output.args[0], unit.modality),)
-        unit.gives_modality = True
+        unit.modality_source = unit.modality_elsewhere
+        return 1
+    output = graph.output_node()
+    output.args = ((*output.args[0], unit.modality),)  # type: ignore[misc]
+    unit.gives_modality = True
     return 1
 
 
 def _input(graph: Graph, unit: Unit, name: str, block: Experts) -> Node:
     """One more input at the end. Its fake value says shape and dtype to whatever traces the graph next."""
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    last = graph.find_nodes(op="placeholder")[-1]
     hidden = block.hidden.meta["val"]
     sizes: dict[str, tuple[Any, torch.dtype]] = {
         MODALITY: (hidden.shape[0], torch.uint8),

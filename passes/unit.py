@@ -51,10 +51,12 @@ class Unit:
         profile: The constants to bake in.
         inputs: The real tensors (and ints) that the graph's placeholders stand for, in order; what a pass
             reads of a parameter it reads here, since the graph itself holds fake tensors.
-        modality_is_known: Another graph of this call has seen the token ids.
-        embeds: Index of the input that holds embedded tokens, or None.
+        modality_elsewhere: Where the wrapper has the modality from, if this graph has no token ids; one of
+            the constants above.
+        embeds: Index of the input that holds embedded tokens, to be read in the graph itself; None to leave
+            that to the wrapper.
         modality: The node of the tokens' modality, `[T]`, uint8, once a pass has provided it.
-        modality_source: One of the constants above; None in a graph without blocks or tokens.
+        modality_source: Where it comes from, likewise; None in a graph without blocks or tokens.
         extra_inputs: Names of inputs that the passes added at the end, in order.
         gives_modality: The graph returns the modality as one more, last output.
         blocks: One report for each block seen.
@@ -66,7 +68,7 @@ class Unit:
 
     profile: Profile
     inputs: list[Any]
-    modality_is_known: bool = False
+    modality_elsewhere: str = UNKNOWN
     embeds: int | None = None
     modality: Node | None = None
     modality_source: str | None = None

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
+from modes_fx.embeddings import EmbeddingTable
 from modes_fx.kernels.rows_modality import rows_modality
 from modes_fx.modality import token_modality
 from modes_fx.passes import PIPELINE, run_passes
 from modes_fx.passes.provide_modality import find_token_ids, provide_modality
 from modes_fx.passes.unit import FROM_EMBEDDINGS, FROM_OTHER_GRAPH, FROM_TOKEN_IDS, UNKNOWN
-from modes_fx.runtime import EmbeddingTable
 from modes_fx.testing import tiny_inputs
 
 
@@ -44,7 +44,7 @@ def test_token_ids_in_the_graph_give_one_more_output_and_no_input(prefill, profi
 
 
 def test_token_ids_in_the_graph_win_over_every_other_source(prefill, profile):
-    unit = prefill.unit(profile, modality_is_known=True, embeds=0)
+    unit = prefill.unit(profile, modality_elsewhere=FROM_OTHER_GRAPH)
     provide_modality(prefill.gm, unit)
     assert unit.modality_source == FROM_TOKEN_IDS
 
@@ -72,11 +72,12 @@ def test_a_graph_with_token_ids_but_no_experts_gives_the_modality(trace, model, 
     assert torch.equal(doubled, 2 * embedding(input_ids))
 
 
-def test_another_graph_of_the_call_gives_one_more_input(embedded, profile, embeds):
+@pytest.mark.parametrize("source", [FROM_OTHER_GRAPH, FROM_EMBEDDINGS, UNKNOWN])
+def test_without_token_ids_the_modality_is_one_more_input(embedded, profile, source):
     num_inputs, old = len(placeholders(embedded)), outputs(embedded)
-    unit = embedded.unit(profile, modality_is_known=True, embeds=embeds)
+    unit = embedded.unit(profile, modality_elsewhere=source)
     assert provide_modality(embedded.gm, unit) == 1
-    assert unit.modality_source == FROM_OTHER_GRAPH
+    assert unit.modality_source == source
     assert (unit.extra_inputs, unit.gives_modality) == (["modality"], False)
     assert placeholders(embedded)[num_inputs:] == [unit.modality]
     assert outputs(embedded) == old
@@ -98,7 +99,7 @@ def test_embedded_tokens_give_two_inputs_and_one_output(embedded, profile, embed
 
 def test_embedded_tokens_are_told_apart_by_their_rows(embedded, profile, embeds, model, input_ids):
     run_passes(embedded.gm, embedded.unit(profile, embeds=embeds), PIPELINE)
-    table = EmbeddingTable(model.get_input_embeddings().weight, profile)
+    table = EmbeddingTable(model.get_input_embeddings(), profile)
     inputs = list(embedded.inputs)
     inputs[embeds] = inputs[embeds].clone()
     inputs[embeds][0, 9] += 1  # a row of no token, as the vision encoder writes them
@@ -107,13 +108,6 @@ def test_embedded_tokens_are_told_apart_by_their_rows(embedded, profile, embeds,
     expected = token_modality(input_ids, profile.visual_token_ids, profile.special_token_ids).reshape(-1)
     expected[9] = 1
     assert torch.equal(got, expected)
-
-
-def test_without_a_source_the_modality_is_an_input_and_unknown(embedded, profile):
-    unit = embedded.unit(profile)
-    assert provide_modality(embedded.gm, unit) == 1
-    assert unit.modality_source == UNKNOWN
-    assert (unit.extra_inputs, unit.gives_modality) == (["modality"], False)
 
 
 def test_an_output_head_of_the_embeddings_shape_is_not_an_embedding(embedded, profile, table_shape):
@@ -131,27 +125,24 @@ def test_an_embedding_of_another_shape_is_not_the_token_embedding(prefill, profi
 def test_a_graph_without_experts_and_tokens_stays(trace, profile):
     (traced,) = trace(lambda x: x * 2, x=torch.randn(1, 16, 32))
     before = str(traced.graph)
-    assert provide_modality(traced.gm, traced.unit(profile, modality_is_known=True, embeds=0)) == 0
+    assert provide_modality(traced.gm, traced.unit(profile, modality_elsewhere=FROM_OTHER_GRAPH)) == 0
     assert str(traced.graph) == before
 
 
-@pytest.mark.parametrize("known", [{"modality_is_known": True}, {}], ids=["other graph", "unknown"])
-def test_the_added_input_follows_a_symbolic_length(trace, model, profile, known):
+def test_the_added_input_follows_a_symbolic_length(trace, model, profile):
     embeds = model.get_input_embeddings()(tiny_inputs()["input_ids"]).detach()
     (traced,) = trace(lambda e: model.get_decoder()(inputs_embeds=e)[0], dynamic=True, e=embeds)
-    unit = traced.unit(profile, **known)
+    unit = traced.unit(profile)
     provide_modality(traced.gm, unit)
     assert unit.modality.meta["val"].shape[0] == traced.block().hidden.meta["val"].shape[0]
     assert isinstance(unit.modality.meta["val"].shape[0], torch.SymInt)
 
 
-@pytest.mark.parametrize(
-    "graph, known", [("prefill", {}), ("embedded", {"modality_is_known": True}), ("embedded", {})]
-)
-def test_graphs_stay_pure(request, profile, graph, known):
+@pytest.mark.parametrize("graph", ["prefill", "embedded"])
+def test_graphs_stay_pure(request, profile, graph):
     traced = request.getfixturevalue(graph)
     constants = len(traced.graph.find_nodes(op="get_attr"))
-    run_passes(traced.gm, traced.unit(profile, **known), PIPELINE)
+    run_passes(traced.gm, traced.unit(profile), PIPELINE)
     assert len(traced.graph.find_nodes(op="get_attr")) <= constants
     for node in traced.graph.nodes:
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):

@@ -28,7 +28,7 @@ def traced(request):
 
 
 def rewritten(traced, profile, **known):
-    unit = traced.unit(profile, **{"modality_is_known": True, **known})
+    unit = traced.unit(profile, **known)
     run_passes(traced.gm, unit, PIPELINE)
     return unit
 

@@ -1,4 +1,4 @@
-"""Around rewritten graphs: the modality of a call, layers that did not run, the embedding table."""
+"""Around rewritten graphs: the modality of a call and of no other, and layers that did not run."""
 
 import threading
 import warnings
@@ -8,14 +8,38 @@ import torch
 from torch import nn
 
 from modes_fx.errors import RewriteError
-from modes_fx.kernels.rows_modality import row_keys
 from modes_fx.modality import OTHER, TEXT, VISION
-from modes_fx.profile import Layer, Profile
-from modes_fx.runtime import EmbeddingTable, Run
+from modes_fx.profile import Layer, Profile, fingerprint
+from modes_fx.runtime import Run
+
+
+class Model(nn.Module):
+    """Four routers, and a forward that does what it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.routers = nn.ParameterList(torch.randn(8, 8, generator=GENERATOR) for _ in range(4))
+        self.part = Part()
+
+    def forward(self, do, *args):
+        return do(*args)
+
+
+class Part(nn.Module):
+    def forward(self, do, *args):
+        return do(*args)
+
+
+GENERATOR = torch.Generator().manual_seed(0)
 
 
 @pytest.fixture
-def profile():
+def model():
+    return Model()
+
+
+@pytest.fixture
+def profile(model):
     layers = tuple(
         Layer(
             name=f"layers.{i}.mlp",
@@ -23,9 +47,9 @@ def profile():
             alpha_vision=0.5,
             num_experts=8,
             top_k=4,
-            fingerprint=f"{i:064x}",
+            fingerprint=fingerprint(router),
         )
-        for i in range(4)
+        for i, router in enumerate(model.routers)
     )
     return Profile(
         layers=layers,
@@ -53,65 +77,133 @@ def mask():
     return torch.tensor([OTHER, VISION, TEXT], dtype=torch.uint8)
 
 
-def test_nothing_is_known_before_a_graph_gives_it(run):
-    assert not run.modality_is_known()
-    assert run.take([0], 3) is None
+def test_nothing_is_known_before_a_graph_gives_it(run, model):
+    assert model(run.modality_is_known) is False
+    assert model(run.take, [0], 3) is None
 
 
-def test_each_layer_takes_the_modality_of_its_call(run, mask):
+def give_and_take(run, mask, *takes):
+    """What each of `takes`, (layers, number of tokens), gets in the call that `mask` is given in."""
     run.give(mask)
-    assert all(run.take([layer], 3) is mask for layer in range(4))
+    return [run.take(*take) for take in takes]
 
 
-def test_a_graph_of_several_layers_takes_it_for_all_of_them(run, mask):
-    run.give(mask)
-    assert run.take([0, 1], 3) is mask
-    assert run.take([1, 2], 3) is None
+def test_each_layer_takes_the_modality_of_its_call(run, model, mask):
+    got = model(give_and_take, run, mask, *(([layer], 3) for layer in range(4)))
+    assert all(each is mask for each in got)
 
 
-def test_a_layer_that_comes_again_belongs_to_another_call(run, mask):
-    run.give(mask)
-    run.take([0], 3)
-    assert run.take([0], 3) is None
+def test_a_graph_of_several_layers_takes_it_for_all_of_them(run, model, mask):
+    first, second = model(give_and_take, run, mask, ([0, 1], 3), ([1, 2], 3))
+    assert first is mask and second is None
+
+
+def test_a_layer_that_comes_again_gets_nothing(run, model, mask):
     # Nor do the layers after it get the old one.
-    assert run.take([1], 3) is None
-    assert not run.modality_is_known()
+    got = model(give_and_take, run, mask, ([0], 3), ([0], 3), ([1], 3))
+    assert got[0] is mask and got[1:] == [None, None]
 
 
-def test_the_modality_of_a_finished_call_is_not_known_to_the_next(run, mask):
-    run.give(mask)
-    assert run.modality_is_known()
-    run.take([0, 1, 2, 3], 3)
-    assert not run.modality_is_known()
+def test_a_modality_of_another_length_is_not_taken(run, model, mask):
+    assert model(give_and_take, run, mask, ([0], 4), ([0], 3)) == [None, None]
 
 
-def test_a_modality_of_another_length_is_not_taken(run, mask):
-    run.give(mask)
-    assert run.take([0], 4) is None
-    assert run.take([0], 3) is None
+def test_a_new_modality_replaces_the_last(run, model, mask):
+    def both():
+        give_and_take(run, mask, ([0, 1], 3))
+        return give_and_take(run, newer, ([0], 3))
 
-
-def test_a_new_call_replaces_the_modality_of_the_last(run, mask):
-    run.give(mask)
-    run.take([0, 1], 3)
     newer = mask.flip(0)
-    run.give(newer)
-    assert run.take([0], 3) is newer
+    assert model(both)[0] is newer
 
 
-def test_another_thread_sees_nothing_of_this_one(run, mask):
-    run.give(mask)
-    run.ran([0, 1])
+def test_the_modality_of_a_call_that_returned_is_gone(run, model, mask):
+    model(run.give, mask)
+    assert model(run.modality_is_known) is False
+    assert model(run.take, [0], 3) is None
+
+
+def test_the_modality_of_a_call_that_raised_is_gone(run, model, mask):
+    def fail():
+        run.give(mask)
+        raise KeyError
+
+    with pytest.raises(KeyError) as raised:
+        model(fail)
+    # The traceback still holds the frame of the call; it is not on the stack.
+    assert raised.traceback
+    assert model(run.modality_is_known) is False
+    assert model(run.take, [0], 3) is None
+
+
+def test_what_a_part_gives_is_known_to_the_whole_call_and_ends_with_it(run, model, mask):
+    def forward():
+        model.part(run.give, mask)
+        return model.part(run.take, [0], 3)
+
+    assert model(forward) is mask
+    assert model(run.take, [1], 3) is None
+
+
+def test_a_module_around_two_calls_does_not_join_them(run, model, mask):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self):
+            self.model(run.give, mask)
+            return self.model(run.take, [0], 3)
+
+    assert Around()() is None
+
+
+def test_a_call_inside_a_call_does_not_lend_its_modality(run, model, mask):
+    def outer():
+        run.give(mask)
+        model(run.give, mask.flip(0))
+        return run.take([0], 3)
+
+    assert model(outer) is None
+
+
+def test_outside_of_any_call_of_the_model_nothing_is_kept(run, model, mask):
+    assert give_and_take(run, mask, ([0], 3)) == [None]
+    assert model.part(give_and_take, run, mask, ([0], 3)) == [None]
+
+
+def test_the_call_of_a_method_counts_where_torch_compile_makes_it(run, model, mask):
+    # Dynamo finds nothing to compile in it, and runs it.
+    compiled = torch.compile(model.forward, backend="eager")
+    assert compiled(torch.compiler.disable(give_and_take), run, mask, ([0], 3))[0] is mask
+    torch._dynamo.reset()
+
+
+def test_two_runs_in_one_call_are_apart(run, lenient, model, mask):
+    def forward():
+        run.give(mask)
+        lenient.give(mask.flip(0))
+        return run.take([0], 3)
+
+    assert model(forward) is mask
+
+
+def test_another_thread_sees_nothing_of_this_one(run, model, mask):
     seen = []
 
     def look():
         seen.extend([run.modality_is_known(), run.take([0], 3), run.last, list(run.executed)])
 
-    thread = threading.Thread(target=look)
-    thread.start()
-    thread.join()
+    def forward():
+        run.give(mask)
+        run.ran([0, 1])
+        thread = threading.Thread(target=model, args=(look,))
+        thread.start()
+        thread.join()
+        return run.take([0], 3)
+
+    assert model(forward) is mask
     assert seen == [False, None, -1, [0, 0, 0, 0]]
-    assert run.take([0], 3) is mask
     assert run.executed == [1, 1, 0, 0]
 
 
@@ -174,6 +266,19 @@ def test_a_missing_tail_is_an_error_the_second_time_in_a_row(run):
         run.ran([0, 1])
 
 
+def test_layers_that_run_without_taking_the_modality_are_no_complaint(run, model, mask):
+    for _ in range(4):
+        model(run.give, mask)
+        run.ran([0, 1, 2, 3])
+
+
+def test_calls_in_which_no_layer_runs_are_an_error_the_third_time(run, model, mask):
+    for _ in range(2):
+        model(run.give, mask)
+    with pytest.raises(RewriteError, match=r"^layers\.0\.mlp, .*, layers\.3\.mlp ran outside"):
+        model(run.give, mask)
+
+
 def test_an_unknown_modality_warns_once(run):
     with pytest.warns(UserWarning, match="nothing is skipped.*input_ids"):
         run.warn_unknown()
@@ -187,67 +292,3 @@ def test_an_unknown_modality_does_not_silence_a_gap(lenient):
         lenient.warn_unknown()
     with pytest.warns(UserWarning, match="ran outside the compiled graphs"):
         lenient.ran([1])
-
-
-# The embedding table.
-
-
-@pytest.fixture
-def weight():
-    return nn.Parameter(torch.randn(20, 8, generator=torch.Generator().manual_seed(0)))
-
-
-def modality_of(table, rows):
-    keys = table.keys()
-    position = torch.searchsorted(keys, row_keys(rows))
-    assert torch.equal(keys[position], row_keys(rows))
-    return table.modality()[position].tolist()
-
-
-def test_the_table_is_sorted_and_knows_each_token(weight, profile):
-    table = EmbeddingTable(weight, profile)
-    keys = table.keys()
-    assert (keys.dtype, table.modality().dtype) == (torch.int64, torch.uint8)
-    assert torch.equal(keys, keys.sort().values)
-    want = [OTHER, *[TEXT] * 4, VISION, *[TEXT] * 6, OTHER, *[TEXT] * 7]
-    assert modality_of(table, weight.detach()) == want
-
-
-def test_the_table_follows_the_weight_in_place(weight, profile):
-    table = EmbeddingTable(weight, profile)
-    before = table.keys()
-    with torch.no_grad():
-        weight[7] += 1
-    assert not torch.equal(table.keys(), before)
-    assert torch.isin(row_keys(weight)[7], table.keys())
-
-
-def test_the_table_is_not_computed_again_for_the_same_weight(weight, profile):
-    table = EmbeddingTable(weight, profile)
-    assert table.keys() is table.keys()
-
-
-# With the special token's id below and above that of the text token, since one of the two is found first.
-@pytest.mark.parametrize("special", [0, 12])
-@pytest.mark.parametrize("text", [2, 19])
-def test_a_row_that_a_special_token_shares_with_a_text_token_is_special(weight, profile, special, text):
-    with torch.no_grad():
-        weight[text] = weight[special]
-    assert modality_of(EmbeddingTable(weight, profile), weight[[text, special, 8]]) == [OTHER, OTHER, TEXT]
-
-
-def test_a_row_that_text_tokens_share_stays_text(weight, profile):
-    with torch.no_grad():
-        weight[9] = weight[8]
-    assert modality_of(EmbeddingTable(weight, profile), weight[[8, 9]]) == [TEXT, TEXT]
-
-
-def test_holds_rows_of_the_table_and_nothing_else(weight, profile):
-    table = EmbeddingTable(weight, profile)
-    rows = weight.detach()[torch.tensor([[3, 4, 7]])]
-    mixed = torch.cat([torch.zeros(1, 5, 8), rows[:, :1]], dim=1)
-    assert table.holds(rows) and table.holds(mixed)
-    assert not table.holds(rows + 1)
-    assert not table.holds(rows[..., :4])
-    assert not table.holds(rows.to(torch.bfloat16))
-    assert not table.holds(rows[0, 0])
