@@ -144,7 +144,7 @@ def _is_product(node: Node) -> bool:
 
 def _is_softmax(node: Any) -> bool:
     """A softmax over the last dimension."""
-    return is_call(node, aten._softmax.default) and node.args[1] in (-1, len(shape_of(node)) - 1)
+    return is_call(node, aten._softmax.default, aten.softmax.int) and node.args[1] in (-1, len(shape_of(node)) - 1)
 
 
 def _unscaled(node: Any, found: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from modes_fx.kernels.gate_formula import parse
 from modes_fx.passes.dataflow import VIEWS, Mismatch, dtype_of, is_call, name_of, shape_of, up_through
 
 aten = torch.ops.aten
@@ -67,6 +68,10 @@ def gate_formula(product: Collection[Node], gated: Any) -> tuple[str, bool]:
     if len(reader.layouts) != 1 or reader.halves not in ({"gate", "up"}, {"x"}):
         parts = ", ".join(sorted(reader.halves)) or "nothing"
         raise Mismatch(f"the gate should use both halves of the first product, or all of it, got {parts}")
+    try:
+        parse(text)
+    except ValueError as error:
+        raise Mismatch(f"the gate {text} is none that the op computes: {error}") from None
     return text, reader.layouts == {"interleaved"}
 
 
