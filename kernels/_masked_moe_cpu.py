@@ -17,10 +17,12 @@ def masked_moe_cpu(call: Call) -> Tensor:
         `[T, H_out]`, the dtype of `hidden`. The order of summation is fixed, so equal inputs give equal bits.
     """
     hidden, keep = call.hidden, call.keep()
-    out = hidden.new_zeros(hidden.shape[0], call.output_size)
+    # A token's slots add up in float32, as in a reduction of the model's own.
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    out = hidden.new_zeros(hidden.shape[0], call.output_size, dtype=wide)
     kept = keep.reshape(-1).nonzero().squeeze(-1)
     if kept.numel() == 0:
-        return out
+        return out.to(hidden.dtype)
     ids, order = call.experts.reshape(-1)[kept].sort(stable=True)
     kept = kept[order]
     tokens = kept // keep.shape[-1]
@@ -39,7 +41,7 @@ def masked_moe_cpu(call: Call) -> Tensor:
         y += call.down_bias[ids]
     if not call.weights_on_input:
         y = y * weights
-    return out.index_add_(0, tokens, y.to(hidden.dtype))
+    return out.index_add_(0, tokens, y.to(wide)).to(hidden.dtype)
 
 
 def _grouped_product(rows: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
