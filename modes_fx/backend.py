@@ -5,10 +5,13 @@ capture (Dynamo) -> functional aten (AOTAutograd) -> passes -> Inductor's decomp
 Graphs without experts and without token ids go straight to Inductor. A graph with experts is rewritten for
 the layers that its router weights belong to, and guarded on those very weights, since Dynamo would otherwise
 run one graph for several layers, with the first one's constants.
+
+`torch.compile(model, backend="modes_fx", options={"profile": PATH})` comes in by `compile_by_name`.
 """
 
 import logging
 import os
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -17,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.utils.weak import WeakIdKeyDictionary
 
 from modes_fx.embeddings import EmbeddedTokens, EmbeddingTable, find_embedding
 from modes_fx.errors import ProfileError, RewriteError
@@ -95,6 +99,8 @@ class Backend:
         self.lowering = lowering
         self.disable = tuple(disable)
         self.graphs: list[Unit] = []
+        self.compile_ids: list[str] = []
+        self._digest = profile.digest()
         self.fingerprints = Fingerprints()
         self.run = Run(profile, strict, self.fingerprints)
         self._tables: weakref.WeakKeyDictionary[nn.Module, EmbeddingTable] = weakref.WeakKeyDictionary()
@@ -103,6 +109,10 @@ class Backend:
     @property
     def __name__(self) -> str:
         return "modes_fx"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Backend":
+        # transformers copies a CompileConfig with all that is in it; the copy has to be the same backend.
+        return self
 
     def __call__(
         self,
@@ -121,7 +131,9 @@ class Backend:
         # Dynamo's settings belong to a thread, and this one may not be the one that made the backend.
         raise_recompile_limit(len(self.profile.layers))
         inputs = list(example_inputs)
-        unit = Unit(self.profile, inputs, compile_id=_compile_id(), fingerprint=self.fingerprints)
+        compile_id = _compile_id()
+        self.compile_ids.append(compile_id)
+        unit = Unit(self.profile, inputs, compile_id=compile_id, fingerprint=self.fingerprints)
         has_tokens = _looks_up_tokens(gm, unit)
         embedded = None if has_tokens else self._embedded_tokens(inputs)
         if not unit.routers and not has_tokens and not _has_experts(gm):
@@ -138,7 +150,7 @@ class Backend:
             return lambda compiled: RewrittenGraph(compiled, unit, self.run, embedded)
 
         _guard_on(gm, unit.routers)
-        compiled = compile_graph(gm, inputs, self.lowering, rewrite)
+        compiled = compile_graph(gm, inputs, self.lowering, rewrite, self._digest)
         unit.close()
         self.graphs.append(unit)
         return compiled
@@ -183,6 +195,52 @@ class Backend:
         warnings.warn(message + " It runs unskipped.", stacklevel=2)
 
 
+# The backend of each torch.compile call that named it, and one for each set of options.
+_by_call: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_by_options: weakref.WeakValueDictionary[tuple[Any, ...], Backend] = weakref.WeakValueDictionary()
+_OWN_OPTIONS = ("strict", "lowering", "disable")
+
+
+def compile_by_name(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """What `torch.compile(model, backend="modes_fx", options=...)` calls for each graph.
+
+    The profile is read once for each `torch.compile` call. Calls with equal profiles and options share a
+    backend, for a model may be compiled layer by layer, in as many calls.
+
+    Args:
+        mode: Inductor's. torch.compile takes a mode or options, not both, so it may also be an option.
+        options: `profile`, a `Profile` or the path of one; `strict`, `lowering` and `disable` as of
+            `backend`; the rest is Inductor's.
+    Raises:
+        ProfileError: No profile, or one that cannot be read.
+    """
+    options = dict(options or {})
+    mode = options.pop("mode", mode)
+    profile = options.pop("profile", None)
+    own = {name: options.pop(name) for name in _OWN_OPTIONS if name in options}
+    # torch's record of the torch.compile call; it calls this function for every graph, with equal arguments.
+    call = sys._getframe(1).f_locals.get("self")
+    known = isinstance(call, torch._TorchCompileWrapper)
+    found: Backend | None = _by_call.get(call) if known else None
+    if found is None:
+        if profile is None:
+            raise ProfileError(
+                'backend="modes_fx" needs a profile: torch.compile(model, backend="modes_fx", '
+                'options={"profile": PATH}).'
+            )
+        made = Backend(profile, **own)
+        found = _by_options.setdefault((made._digest, made.strict, made.lowering, made.disable), made)
+        if known:
+            _by_call[call] = found
+    return found(gm, example_inputs, mode=mode, options=options)
+
+
 def raise_recompile_limit(num_layers: int) -> None:
     """Let Dynamo compile each layer's frame often enough: raise `torch._dynamo.config.recompile_limit`."""
     config = torch._dynamo.config
@@ -191,9 +249,9 @@ def raise_recompile_limit(num_layers: int) -> None:
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * needed)
 
 
-def _compile_id() -> str | None:
+def _compile_id() -> str:
     current = torch._guards.CompileContext.current_compile_id()
-    return None if current is None else str(current)
+    return "" if current is None else str(current)
 
 
 def _has_experts(gm: GraphModule) -> bool:

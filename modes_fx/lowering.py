@@ -6,7 +6,10 @@ once more with Inductor's decompositions.
 """
 
 import contextlib
+import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +26,11 @@ Rewrite = Callable[[GraphModule], Callable[[Compiled], Compiled]]
 
 
 def compile_graph(
-    gm: GraphModule, inputs: Sequence[Any], lowering: str, rewrite: Rewrite | None = None
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    lowering: str,
+    rewrite: Rewrite | None = None,
+    profile_digest: str = "",
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph, for inference.
 
@@ -32,6 +39,7 @@ def compile_graph(
         inputs: The real example inputs.
         lowering: "inductor" or "eager".
         rewrite: Applied to the functional aten graph; None to compile the graph as it is.
+        profile_digest: What `rewrite` depends on besides its own source, for Inductor's cache key.
     """
     # Dynamo and Inductor load Triton and take seconds, so only who compiles imports them.
     from torch._dynamo.backends.common import aot_autograd
@@ -56,14 +64,15 @@ def compile_graph(
         if lowering == "eager":
             return wrap(make_boxed_func(aten_gm))
         decomposed = decompose(aten_gm, fake_inputs)
-        compiled = inductor.compile_fx_forward(
-            decomposed,
-            fake_inputs,
-            num_orig_model_outputs=num_outputs,
-            num_example_inputs=len(inputs),
-            compiler_config_extra=extra,
-            is_inference=True,
-        )
+        with cache_key(profile_digest):
+            compiled = inductor.compile_fx_forward(
+                decomposed,
+                fake_inputs,
+                num_orig_model_outputs=num_outputs,
+                num_example_inputs=len(inputs),
+                compiler_config_extra=extra,
+                is_inference=True,
+            )
         return wrap(compiled)
 
     with _inductor_context(inputs):
@@ -73,6 +82,25 @@ def compile_graph(
             decompositions={},
             keep_inference_input_mutations=True,
         )(gm, list(inputs))
+
+
+def cache_key(profile_digest: str) -> contextlib.AbstractContextManager[Any]:
+    """Make the profile and the sources of passes and kernels part of Inductor's cache key; keep the user's tag."""
+    config = torch.compiler.config
+    tag = f"modes_fx passes {source_digest()} profile {profile_digest}"
+    whole = " ".join(filter(None, [config.cache_key_tag, tag]))
+    return config.patch(cache_key_tag=whole)  # type: ignore[attr-defined,no-any-return]
+
+
+@functools.cache
+def source_digest() -> str:
+    """sha256 over the files of passes/ and kernels/."""
+    digest = hashlib.sha256()
+    for folder in ("passes", "kernels"):
+        for path in sorted((Path(__file__).parent / folder).glob("*.py")):
+            digest.update(f"{folder}/{path.name}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def decompose(gm: GraphModule, fake_inputs: Sequence[Any]) -> GraphModule:

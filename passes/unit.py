@@ -12,9 +12,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from modes_fx.profile import Layer, Profile, fingerprint
 
 # Where the modality of a graph's tokens comes from, in the order in which they are tried.
-FROM_TOKEN_IDS = "token ids in this graph"
-FROM_OTHER_GRAPH = "token ids of another graph of the same call"
-FROM_EMBEDDINGS = "rows of the embedding table"
+FROM_TOKEN_IDS = "token ids"
+FROM_OTHER_GRAPH = "another graph"
+FROM_EMBEDDINGS = "embedded tokens"
 UNKNOWN = "unknown"
 
 NOT_IN_PROFILE = "its router is not in the profile"
@@ -77,7 +77,7 @@ class Unit:
     blocks: list[BlockReport] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     routers: dict[int, Layer] = field(default_factory=dict)
-    compile_id: str | None = None
+    compile_id: str = ""
     fingerprint: Callable[[Tensor], str] = fingerprint
     _positions: dict[Node, int] = field(default_factory=dict, repr=False)
 

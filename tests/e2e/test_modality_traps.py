@@ -107,7 +107,7 @@ def test_the_calls_differ_where_a_wrong_modality_would_show(setup):
 def test_pictures_and_text_take_turns(setup):
     setup.check("picture", "text", "embedded picture", "picture", "embedded text", "text", "embedded picture")
     sources = [unit.modality_source for unit in setup.backend.graphs if unit.layers()]
-    assert set(sources) == {"token ids of another graph of the same call"}
+    assert set(sources) == {"another graph"}
 
 
 def test_a_call_of_unknown_modality_after_one_of_known_skips_nothing_and_says_so(setup):

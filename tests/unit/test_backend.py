@@ -1,5 +1,6 @@
 """`modes_fx.backend`: what it accepts, what it refuses and in which words, and the state that it keeps."""
 
+import copy
 import dataclasses
 import math
 import warnings
@@ -232,6 +233,128 @@ def test_with_the_rewrite_switched_off_the_model_runs_as_it_was_and_says_nothing
         want = hidden(model.get_decoder(), input_ids)
     torch.testing.assert_close(got, want)
     assert [str(w.message) for w in said if "unskipped" in str(w.message)] == []
+
+
+# By name: torch.compile(model, backend="modes_fx", options=...).
+
+
+@pytest.fixture
+def saved(profile, tmp_path):
+    path = tmp_path / "tiny.modes.json"
+    drop_all(profile).save(path)
+    return path
+
+
+@torch.no_grad()
+def named(decoder, input_ids, *, mode=None, **options):
+    torch._dynamo.reset()
+    compiled = torch.compile(decoder.forward, backend="modes_fx", mode=mode, options=options or None)
+    return compiled(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+@pytest.mark.parametrize(
+    "kind", [str, lambda path: path, modes_fx.Profile.load], ids=["str", "path", "profile"]
+)
+def test_by_name_with_a_profile_among_the_options(model, profile, saved, input_ids, kind):
+    decoder = model.get_decoder()
+    want = hidden(decoder, input_ids, modes_fx.backend(drop_all(profile), lowering="eager"))
+    got = named(decoder, input_ids, profile=kind(saved), lowering="eager")
+    torch.testing.assert_close(got, want)
+    assert differ(got, hidden(decoder, input_ids))
+
+
+def test_by_name_torch_lists_it():
+    assert "modes_fx" in torch._dynamo.list_backends()
+
+
+@pytest.mark.parametrize("options", [{}, {"lowering": "eager"}])
+def test_by_name_without_a_profile_says_what_to_write(model, input_ids, options):
+    with pytest.raises(BackendCompilerFailed) as raised:
+        named(model.get_decoder(), input_ids, **options)
+    assert isinstance(raised.value.inner_exception, ProfileError)
+    assert 'backend="modes_fx" needs a profile: torch.compile(model, ' in str(raised.value)
+
+
+def test_by_name_the_other_options_are_of_the_backend(model, saved, input_ids):
+    decoder = model.get_decoder()
+    left = named(decoder, input_ids, profile=saved, lowering="eager", disable=["skip_experts"])
+    torch.testing.assert_close(left, hidden(decoder, input_ids))
+    with pytest.raises(BackendCompilerFailed, match="lowering must be"):
+        named(decoder, input_ids, profile=saved, lowering="tensorrt")
+
+
+def inductor_config(monkeypatch):
+    """What Inductor is set to, while each graph is compiled."""
+    seen = []
+
+    def look(self, gm, example_inputs):
+        seen.append(torch._inductor.config.save_config_portable())
+        return gm.forward
+
+    monkeypatch.setattr(modes_fx.Backend, "_compile", look)
+    return seen
+
+
+def test_by_name_what_is_left_is_inductors(model, saved, input_ids, monkeypatch):
+    seen = inductor_config(monkeypatch)
+    named(model.get_decoder(), input_ids, profile=saved, epilogue_fusion=False, mode="max-autotune")
+    assert all(config["max_autotune"] and not config["epilogue_fusion"] for config in seen) and seen
+
+
+def test_a_mode_is_inductors(model, profile, input_ids, monkeypatch):
+    seen = inductor_config(monkeypatch)
+    compiled = torch.compile(
+        model.get_decoder().forward, backend=modes_fx.backend(profile), mode="max-autotune-no-cudagraphs"
+    )
+    with torch.no_grad():
+        compiled(input_ids=input_ids, use_cache=False)
+    assert all(config["max_autotune"] for config in seen) and seen
+
+
+def made_backends(monkeypatch):
+    made = []
+    compile_graph = modes_fx.Backend._compile
+
+    def note(self, gm, example_inputs):
+        made.append(self)
+        return compile_graph(self, gm, example_inputs)
+
+    monkeypatch.setattr(modes_fx.Backend, "_compile", note)
+    return made
+
+
+@torch.no_grad()
+def test_by_name_layers_compiled_one_by_one_share_a_backend(profile, saved, input_ids, monkeypatch):
+    made = made_backends(monkeypatch)
+    model = tiny_qwen3_vl_moe(num_layers=2)
+    want = hidden(model.get_decoder(), input_ids, modes_fx.backend(drop_all(profile), lowering="eager"))
+    del made[:]
+    for layer in model.get_decoder().layers:
+        layer.compile(backend="modes_fx", options={"profile": str(saved), "lowering": "eager"})
+    torch.testing.assert_close(hidden(model.get_decoder(), input_ids), want)
+    assert len(made) == 2 and made[0] is made[1]
+    assert made[0].run.executed == [1, 1]
+
+
+@torch.no_grad()
+def test_by_name_a_profile_written_anew_is_read_by_the_next_compile_alone(
+    model, profile, saved, input_ids, monkeypatch
+):
+    made = made_backends(monkeypatch)
+    decoder, options = model.get_decoder(), {"profile": saved, "lowering": "eager"}
+    first = torch.compile(decoder.forward, backend="modes_fx", options=options)
+    first(input_ids=input_ids, use_cache=False)
+    drop_none(profile).save(saved)
+    first(input_ids=input_ids[:, :-3], use_cache=False)
+    named(decoder, input_ids, **options)
+    assert len(made) == 3
+    assert made[0] is made[1] and made[2] is not made[0]
+    assert [each.profile.tau_text for each in made] == [math.inf, math.inf, -math.inf]
+
+
+def test_a_deep_copy_is_the_backend_itself(profile):
+    backend = modes_fx.backend(profile)
+    assert copy.deepcopy({"backend": backend})["backend"] is backend
 
 
 # The recompile limit.
