@@ -1,12 +1,15 @@
 """Find the MoE blocks of an eager transformers model by what they are, not by their class names.
 
-transformers' `use_experts_implementation` decorates every experts class (integrations/moe.py) and leaves its
-marks on the instances; such a module is called as `experts(hidden [T, H], top_k_index [T, K], top_k_weights
-[T, K])`. The router is the sibling that holds one matrix `[num_experts, H]`.
+An experts module holds its experts' weights stacked, in two or more parameters `[num_experts, ., .]`; beside
+it is a router, which holds a matrix with a row for each expert. Most experts are called as
+`experts(hidden [T, H], top_k_index [T, K], top_k_weights [T, K])`; transformers' `use_experts_implementation`
+decorates those (integrations/moe.py) and leaves its marks on the instances.
 """
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -23,16 +26,23 @@ class Block:
     Attributes:
         name: Module path of the block, the parent of its experts.
         experts: The module that runs the routed experts.
-        router_weight: `[num_experts, H]`.
+        router: The module that holds the router weight.
+        router_weight: `[num_experts, H]`; with more rows where a router also scores what is no routed expert.
         num_experts: Routed experts of the block.
         top_k: Routed experts per token.
+        dispatch: How the experts are called. "slots": with top-k indices and weights, `[T, K]` each. "dense":
+            with every token once for each expert, `[num_experts * T, H]`, expert by expert, already
+            multiplied by the scores `[T, num_experts]` that the router returns first, zero where an expert
+            was not chosen.
     """
 
     name: str
     experts: nn.Module
+    router: nn.Module
     router_weight: Tensor
     num_experts: int
     top_k: int
+    dispatch: Literal["slots", "dense"] = "slots"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -42,18 +52,24 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """The MoE blocks of `model`, in layer order.
+    """The MoE blocks of `model` that see its tokens, in layer order; those of a vision tower see patches.
 
     Raises:
         ModesError: There is none, or one whose router or top-k cannot be told.
     """
     model = unwrap(model)
     modules = dict(model.named_modules())
-    blocks = [_block(modules, name) for name, module in modules.items() if is_experts(module)]
+    towers = _towers(model)
+    found = (
+        _block(modules, name, module)
+        for name, module in modules.items()
+        if module not in towers and _num_experts(module)
+    )
+    blocks = [block for block in found if block is not None]
     if not blocks:
         raise ModesError(
-            f"{type(model).__name__} has no MoE block whose experts transformers can dispatch "
-            "(use_experts_implementation); pass the eager transformers model of a mixture-of-experts family."
+            f"{type(model).__name__} has no MoE block with stacked expert weights and a router beside them; "
+            "pass the eager transformers model of a mixture-of-experts family."
         )
     return blocks
 
@@ -63,40 +79,63 @@ def is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, mark) for mark in _MARKS) and hasattr(type(module).forward, "__wrapped__")
 
 
-def _block(modules: dict[str, nn.Module], experts_name: str) -> Block:
-    experts = modules[experts_name]
-    num_experts = int(experts.num_experts)  # type: ignore[arg-type]
-    widths = {size for p in experts.parameters(recurse=False) if p.ndim == 3 for size in p.shape[1:]}
-    parent = experts_name.rpartition(".")[0]
+def _towers(model: nn.Module) -> set[nn.Module]:
+    """All modules of the encoders of pictures and sound, which embed no tokens."""
+    find = getattr(model, "get_encoder", None)
+    towers = [find(modality) for modality in ("image", "audio")] if find is not None else []
+    inside = [set(tower.modules()) for tower in towers if isinstance(tower, nn.Module)]
+    embedding = model.get_input_embeddings() if inside else None  # type: ignore[operator]
+    return set().union(*(modules for modules in inside if embedding not in modules))
+
+
+def _num_experts(module: nn.Module) -> int:
+    """Routed experts that `module` runs; 0 if it is no experts module."""
+    if is_experts(module):
+        return int(module.num_experts)  # type: ignore[arg-type]
+    sizes = [p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3]
+    return sizes[0] if len(sizes) > 1 and len(set(sizes)) == 1 else 0
+
+
+def _block(modules: dict[str, nn.Module], name: str, experts: nn.Module) -> Block | None:
+    """The block of an experts module; None for a look-alike, which is not decorated and has no router."""
+    num_experts = _num_experts(experts)
+    parent = name.rpartition(".")[0]
     # A few families keep the router one level up, beside the block and not in it.
     for holder in (parent, parent.rpartition(".")[0]):
-        for owner, weight in _matrices(modules[holder], experts):
-            if weight.shape[0] == num_experts and weight.shape[1] in widths:
-                top_k = _top_k(owner, modules[holder], experts)
-                return Block(parent, experts, weight, num_experts, top_k)
+        for router, weight in _router_weights(modules[holder], experts, num_experts):
+            top_k = _top_k(router, modules[holder], experts)
+            return Block(parent, experts, router, weight, num_experts, top_k, _dispatch(experts))
+    if not is_experts(experts):
+        return None
     raise ModesError(
-        f"{experts_name} runs {num_experts} experts, but no module beside it holds a router weight of shape "
+        f"{name} runs {num_experts} experts, but no module beside it holds a router weight of shape "
         f"[{num_experts}, H]; this family is not supported yet."
     )
 
 
-def _matrices(holder: nn.Module, experts: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
-    """(owner, matrix) beside `experts`: of `holder` itself, then of children with one matrix, then the rest.
+def _router_weights(
+    holder: nn.Module, experts: nn.Module, num_experts: int
+) -> Iterator[tuple[nn.Module, Tensor]]:
+    """(module, matrix) beside `experts` that may be its router's, the likeliest first.
 
-    A router has one matrix; a shared expert has several, one of which may happen to have num_experts rows.
+    A router has one matrix or few; a shared expert and an attention have several, one of which may happen to
+    have num_experts rows. Some routers score more than the routed experts: shared experts, or none at all.
     """
-    for parameter in holder.parameters(recurse=False):
-        if parameter.ndim == 2:
-            yield holder, parameter
-    children = [child for child in holder.children() if child is not experts]
-    matrices = [(child, [p for p in child.parameters() if p.ndim == 2]) for child in children]
-    for child, found in sorted(matrices, key=lambda entry: len(entry[1])):
-        for parameter in found:
-            yield child, parameter
+    children = [child for child in holder.children() if experts not in set(child.modules())]
+    matrices = [[(child, p) for p in child.parameters() if p.ndim == 2] for child in children]
+    candidates = [(holder, p) for p in holder.parameters(recurse=False) if p.ndim == 2]
+    candidates += [entry for found in sorted(matrices, key=len) for entry in found]
+    yield from (entry for entry in candidates if len(entry[1]) == num_experts)
+    if is_experts(experts) and experts in set(holder.children()):
+        yield from (entry for entry in candidates if num_experts < len(entry[1]) < 2 * num_experts)
 
 
-def _top_k(owner: nn.Module, holder: nn.Module, experts: nn.Module) -> int:
-    for place in (owner, holder, experts, getattr(experts, "config", None)):
+def _dispatch(experts: nn.Module) -> Literal["slots", "dense"]:
+    return "dense" if len(inspect.signature(experts.forward).parameters) == 1 else "slots"
+
+
+def _top_k(router: nn.Module, holder: nn.Module, experts: nn.Module) -> int:
+    for place in (router, holder, experts, getattr(experts, "config", None)):
         for key in _TOP_K:
             value = getattr(place, key, None)
             if isinstance(value, int) and not isinstance(value, bool):

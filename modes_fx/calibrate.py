@@ -170,14 +170,16 @@ def weight_scale(weights: Tensor) -> float:
             narrower dtype.
     Returns:
         What the weights of each token sum to, with no more digits than their dtype vouches for; 1.0 where the
-        sums differ by more than rounding.
+        sums differ by more than rounding, or all weights are alike, which says nothing.
     """
     narrow = [d for d in (torch.bfloat16, torch.float16) if torch.equal(weights.to(d).to(weights), weights)]
     # Routers add up to 1e-6 to the sum that they divide by.
     rounding = torch.finfo(narrow[0]).eps if narrow else 1e-5
     sums = weights.double().sum(-1)
     mean = float(sums.mean())
-    if not mean > 0 or float((sums - mean).abs().max()) > 2 * rounding * mean:
+    differ = float((sums - mean).abs().max()) > 2 * rounding * mean
+    alike = float(weights.max() - weights.min()) <= 2 * rounding * float(weights.max())
+    if not mean > 0 or differ or alike:
         return 1.0
     shortest = (float(f"{mean:.{digits}g}") for digits in range(1, 17))
     return next((scale for scale in shortest if abs(scale - mean) <= rounding * mean), mean)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modes_fx.blocks import is_experts
 from modes_fx.testing.tokens import (
     AUDIO,
     BOS,
@@ -68,6 +69,10 @@ _SIZES: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8,
     "v_head_dim": 8,
+    "o_lora_rank": 8,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
     "index_n_heads": 2,
     "index_head_dim": 16,
     "linear_key_head_dim": 8,
@@ -170,6 +175,10 @@ class Family:
             the family takes any.
         picture, video: What stands for one; None where the family takes none.
         token_types: Whether the model wants to be told the kind of each token (`mm_token_type_ids`).
+        expert_types: Whether it wants to be told which experts a token is for (`moe_mm_token_type_ids`); the
+            marks around a picture are for the experts of pictures.
+        canvas: Tokens that the model refines beside the ones it reads (`decoder_input_ids`); its logits are
+            theirs.
         decorated: Whether the experts' implementation can be chosen by name, see `set_experts`.
         weight_scale: The factor that the family folds into its routing weights.
         architecture: The class in transformers, where no auto class knows it.
@@ -180,6 +189,8 @@ class Family:
     picture: Visual | None = None
     video: Visual | None = None
     token_types: bool = False
+    expert_types: bool = False
+    canvas: int = 0
     decorated: bool = True
     weight_scale: float = 1.0
     architecture: str = ""
@@ -245,6 +256,11 @@ class Family:
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self.token_types:
             inputs["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+        if self.canvas:
+            inputs["decoder_input_ids"] = torch.tensor([words(self.canvas) for _ in rows])
+        if self.expert_types:
+            marks = torch.tensor([IMAGE, VISION_START, VISION_END])
+            inputs["moe_mm_token_type_ids"] = torch.isin(ids, marks).long()
         number = {"picture": 1, "video": 1, "pictures": 2, "batch": 2}.get(kind, 0)
         if visual and number:
             for key, value in visual.tensors(number, generator).items():
@@ -253,7 +269,13 @@ class Family:
 
 
 def set_experts(model: Any, implementation: str) -> None:
-    """Choose how a decorated family's experts run: "eager", "grouped_mm", "batched_mm", or one registered."""
+    """Choose how a decorated family's experts run: "eager", "grouped_mm", "batched_mm", or one registered.
+
+    Raises:
+        ValueError: The implementation is unknown, or the family has code of its own.
+    """
+    if not any(is_experts(module) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} runs its experts with code of its own; it has no other.")
     try:
         model.set_experts_implementation(implementation)
     except ValueError:
@@ -291,6 +313,8 @@ def _enlarge(model: torch.nn.Module) -> None:
             torch.nn.init.normal_(value, std=0.1)
         elif parts.search(name) and value.ndim > 1:
             torch.nn.init.normal_(value, std=0.3)
+        elif "sam_encoder" in name and value.ndim > 1:
+            torch.nn.init.normal_(value, std=0.1)
         elif "per_expert_scale" in name:
             torch.nn.init.uniform_(value, 0.5, 1.5)
         elif "lm_head" in name:
@@ -348,7 +372,7 @@ def _llava(text: str, **changes: Any) -> Family:
     return Family("llava", config, picture=Visual(_placeholders(4), _image(8)))
 
 
-def _text(model_type: str, weight_scale: float = 1.0, **config: Any) -> Family:
+def _text(model_type: str, weight_scale: float = 1.0, /, **config: Any) -> Family:
     return Family(model_type, config, weight_scale=weight_scale)
 
 
@@ -448,6 +472,7 @@ FAMILIES: dict[str, Family] = {
         },
         picture=Visual(_placeholders(4), _patches(48)),
         token_types=True,
+        expert_types=True,
     ),
     "aria": Family(
         "aria",
@@ -489,12 +514,14 @@ FAMILIES: dict[str, Family] = {
     "diffusion_gemma": Family(
         "diffusion_gemma",
         {
-            "text_config": {"global_head_dim": 8, **_TWO_SLIDING},
+            "text_config": {"global_head_dim": 8, "tie_word_embeddings": True, **_TWO_SLIDING},
             "vision_config": _GEMMA_VISION,
             "canvas_length": 8,
+            "tie_word_embeddings": True,
         },
         picture=Visual(_placeholders(4), _positioned_patches),
         token_types=True,
+        canvas=8,
         architecture="DiffusionGemmaForBlockDiffusion",
     ),
     "minimax_m3_vl": Family(
@@ -529,6 +556,7 @@ FAMILIES: dict[str, Family] = {
         {
             "text_config": {"moe_hidden_size": 24, **_ONE_DENSE},
             "vision_config": {},
+            "out_hidden_size": 4 * HIDDEN,
             "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]},
         },
         picture=_QWEN["picture"],
@@ -536,7 +564,14 @@ FAMILIES: dict[str, Family] = {
     "dots3_note": Family(
         "dots3_note",
         {
-            "text_config": {**_ONE_DENSE, **_MLA},
+            "text_config": {
+                "swa_q_lora_rank": 16,
+                "swa_kv_lora_rank": 16,
+                "swa_num_attention_heads": 4,
+                "swa_num_key_value_heads": 4,
+                **_ONE_DENSE,
+                **_MLA,
+            },
             "vision_config": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN, **_ONE_DENSE},
             "audio_config": {
                 "adapter_input_size": HIDDEN,
@@ -550,6 +585,7 @@ FAMILIES: dict[str, Family] = {
         "inkling2",
         {"text_config": {}, "vision_config": {"projection_hidden_dim": HIDDEN}},
         picture=Visual(_placeholders(4), _merged_patches),
+        weight_scale=8.0,
     ),
     "deepseek_ocr2": Family(
         "deepseek_ocr2",
@@ -594,23 +630,23 @@ FAMILIES: dict[str, Family] = {
     "llava+qwen2_moe": _llava("qwen2_moe"),
     "llava+phimoe": _llava("phimoe", intermediate_size=16, num_experts_per_tok=2),
     "afmoe": _text("afmoe"),
-    "axk1": _text("axk1", **_MLA),
-    "axk2": _text("axk2", **_MLA),
-    "bailing_hybrid": _text("bailing_hybrid"),
+    "axk1": _text("axk1", 2.5, **_MLA),
+    "axk2": _text("axk2", 2.5, **_MLA),
+    "bailing_hybrid": _text("bailing_hybrid", 2.5),
     "beam": _text("beam", **_ONE_DENSE),
     "cohere2_moe": _text("cohere2_moe", intermediate_size=16, logit_scale=1.0),
     "deepseek_v2": _text("deepseek_v2", **_MLA),
     "deepseek_v3": _text("deepseek_v3", 2.5, routed_scaling_factor=2.5, **_MLA),
-    "deepseek_v32": _text("deepseek_v32", **_MLA),
-    "deepseek_v4": _text("deepseek_v4", mlp_layer_types=["hash_moe", "moe", "moe"]),
+    "deepseek_v32": _text("deepseek_v32", 2.5, **_MLA),
+    "deepseek_v4": _text("deepseek_v4", 1.5, mlp_layer_types=["hash_moe", "moe", "moe"]),
     "dots1": _text("dots1"),
     "ernie4_5_moe": _text("ernie4_5_moe"),
-    "exaone_moe": _text("exaone_moe"),
+    "exaone_moe": _text("exaone_moe", 2.5),
     "flex_olmo": _text("flex_olmo", intermediate_size=16),
     "flint": _text("flint"),
     "glm4_moe": _text("glm4_moe"),
-    "glm4_moe_lite": _text("glm4_moe_lite", **_MLA),
-    "glm_moe_dsa": _text("glm_moe_dsa", **_MLA),
+    "glm4_moe_lite": _text("glm4_moe_lite", 1.8, **_MLA),
+    "glm_moe_dsa": _text("glm_moe_dsa", 2.5, **_MLA),
     "gpt_oss": _text("gpt_oss", intermediate_size=16),
     "granitemoe": _text("granitemoe", intermediate_size=16),
     "granitemoe_swa": _text("granitemoe_swa", intermediate_size=16),
@@ -619,8 +655,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "granitemoeshared": _text("granitemoeshared", intermediate_size=16),
     "hunyuan_v1_moe": _text("hunyuan_v1_moe", intermediate_size=16),
-    "hy_v3": _text("hy_v3"),
-    "hy_v4": _text("hy_v4"),
+    "hy_v3": _text("hy_v3", 2.826),
+    "hy_v4": _text("hy_v4", 2.827),
     "inkling": _text("inkling_text", rel_extent=32, logits_mup_width_multiplier=1.0),
     "jamba": _text(
         "jamba",
@@ -630,7 +666,7 @@ FAMILIES: dict[str, Family] = {
         attn_layer_period=2,
         attn_layer_offset=1,
     ),
-    "kimi_linear": _text("kimi_linear"),
+    "kimi_linear": _text("kimi_linear", 2.446),
     "kolibri1": _text("kolibri1"),
     "laguna": _text("laguna"),
     "lfm2_moe": _text("lfm2_moe", **_LFM2),

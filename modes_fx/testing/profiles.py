@@ -20,17 +20,21 @@ def tiny_profile(
         tau_text, tau_vision: The thresholds; the default ones drop part of the pairs of every layer.
         weight_scale: Of every layer.
     """
+    blocks = find_blocks(model)
+    prints = [fingerprint(block.router_weight) for block in blocks]
+    # Blocks that share their weights share their alphas.
+    places = [prints.index(digest) for digest in prints]
     layers = tuple(
         Layer(
             name=block.name,
-            alpha_text=0.15 + 0.35 * (i % 3) / 2,
-            alpha_vision=0.45 - 0.3 * (i % 4) / 3,
+            alpha_text=0.15 + 0.35 * (place % 3) / 2,
+            alpha_vision=0.45 - 0.3 * (place % 4) / 3,
             num_experts=block.num_experts,
             top_k=block.top_k,
-            fingerprint=fingerprint(block.router_weight),
+            fingerprint=digest,
             weight_scale=weight_scale,
         )
-        for i, block in enumerate(find_blocks(model))
+        for block, digest, place in zip(blocks, prints, places, strict=True)
     )
     visual, special = token_ids(model, special_token_ids=SPECIAL)
     vocabulary, hidden = model.get_input_embeddings().weight.shape

@@ -118,6 +118,7 @@ def test_the_factor_of_a_renormalising_router_is_told_from_its_weights(dtype, fa
     assert weight_scale(weights) == weight_scale(weights.float()) == factor
     assert weight_scale((chosen * factor).to(dtype)) == 1.0
     assert weight_scale(torch.zeros(4, 6, dtype=dtype)) == 1.0
+    assert weight_scale(torch.full((4, 6), factor, dtype=dtype)) == 1.0
 
 
 def test_a_long_factor_keeps_its_digits_and_a_blurred_one_does_not():
