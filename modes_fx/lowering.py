@@ -85,7 +85,7 @@ def compile_graph(
 
 
 def cache_key(profile_digest: str) -> contextlib.AbstractContextManager[Any]:
-    """Make the profile and the sources of passes and kernels part of Inductor's cache key; keep the user's tag."""
+    """Make profile, passes and kernels part of Inductor's cache key, beside the user's tag."""
     config = torch.compiler.config
     tag = f"modes_fx passes {source_digest()} profile {profile_digest}"
     whole = " ".join(filter(None, [config.cache_key_tag, tag]))
