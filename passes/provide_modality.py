@@ -22,11 +22,13 @@ from torch.fx import Graph, GraphModule, Node
 
 from modes_fx.kernels.rows_modality import rows_modality
 from modes_fx.modality import token_modality
-from modes_fx.passes.dataflow import parameter_of
+from modes_fx.passes.dataflow import CASTS, is_call, is_tensor, parameter_of
 from modes_fx.passes.find_blocks import Experts, find_blocks
 from modes_fx.passes.unit import FROM_EMBEDDINGS, FROM_TOKEN_IDS, Unit, is_token_embedding
 
 aten = torch.ops.aten
+
+_OVERWRITES = (aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.index_put.default)
 
 MODALITY, TABLE_KEYS, TABLE_MODALITY = "modality", "table_keys", "table_modality"
 
@@ -41,8 +43,22 @@ def find_token_ids(graph: Graph, unit: Unit) -> Node | None:
             if source is None or ids.meta["val"].dim() != 2:
                 continue
             if is_token_embedding(unit.profile, unit.real(source)):
-                return ids
+                return _as_given(ids)
     return None
+
+
+def _as_given(ids: Any) -> Node:
+    """Token ids before the model wrote another id over those of pictures, as some do for the lookup."""
+    while True:
+        if is_call(ids, *CASTS, *_OVERWRITES):
+            ids = ids.args[0]
+        elif is_call(ids, aten.where.self, aten.where.ScalarSelf):
+            _, other, kept = ids.args
+            if is_tensor(other) and other.meta["val"].dim() == 2:
+                return ids
+            ids = kept
+        else:
+            return ids
 
 
 def provide_modality(gm: GraphModule, unit: Unit) -> int:
