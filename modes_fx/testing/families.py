@@ -684,3 +684,27 @@ FAMILIES: dict[str, Family] = {
     "solar_open": _text("solar_open"),
     "zaya": _text("zaya", router_hidden_size=16, num_experts_per_tok=1),
 }
+
+# Families whose experts are not stacked; their blocks are not found.
+UNSTACKED: dict[str, Family] = {
+    "dbrx": _text(
+        "dbrx",
+        d_model=HIDDEN,
+        n_heads=4,
+        n_layers=2,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        ffn_config={"ffn_hidden_size": 16, "moe_num_experts": NUM_EXPERTS, "moe_top_k": TOP_K},
+    ),
+    "doge": _text("doge"),
+    "jetmoe": _text("jetmoe"),
+    "longcat_flash": _text("longcat_flash", **_MLA),
+}
+
+# Why what is left is not here.
+UNBUILDABLE: dict[str, str] = {
+    "inkling with pictures": "its vision tower plans its scales with scipy, which is not a dependency",
+    "openai_privacy_filter": "it classifies tokens, and generates none",
+    "qwen3_omni_moe talker": "it reads codec tokens that only a whole Qwen3-Omni makes",
+    "nllb_moe": "it translates with an encoder and a decoder; no language model",
+    "switch_transformers": "it has an encoder and a decoder; no language model",
+}

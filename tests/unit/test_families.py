@@ -1,15 +1,18 @@
 """The zoo: every family builds, runs on each kind of input and shows its blocks; what is no block is none."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from modes_fx.blocks import Block, find_blocks
 from modes_fx.calibrate import weight_scale
 from modes_fx.errors import ModesError
 from modes_fx.testing import FAMILIES, SPECIAL, VISION_END, VISION_START, Family, set_experts, tiny_profile
+from modes_fx.testing.families import UNBUILDABLE, UNSTACKED
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -193,6 +196,16 @@ def test_stacked_weights_without_a_router_are_no_block():
         find_blocks(nn.Sequential(Lookalike(), nn.Linear(3, 5)))
 
 
+@pytest.mark.parametrize("name", UNSTACKED)
+def test_a_family_whose_experts_are_not_stacked_is_refused(name):
+    family = UNSTACKED[name]
+    model = family.build()
+    with torch.no_grad():
+        assert model(**family.inputs("text")).logits.isfinite().all()
+    with pytest.raises(ModesError, match="has no MoE block with stacked expert weights"):
+        find_blocks(model)
+
+
 def test_decorated_experts_without_a_router_are_refused():
     model = FAMILIES["mixtral"].build()
     block = find_blocks(model)[1]
@@ -207,3 +220,14 @@ def test_experts_in_a_vision_tower_are_no_blocks():
     model = FAMILIES["dots3_note"].build()
     assert any("vision" in name and name.endswith("mlp.experts") for name, _ in model.named_modules())
     assert all("language_model" in block.name for block in find_blocks(model))
+
+
+def test_every_family_with_decorated_experts_is_in_the_zoo():
+    models = Path(transformers.__file__).parent / "models"
+    marked = {
+        path.parent.name
+        for path in models.glob("*/modeling_*.py")
+        if "@use_experts_implementation" in path.read_text(encoding="utf-8")
+    }
+    known = {part for name in FAMILIES for part in name.split("+")}
+    assert marked - known == {name for name in UNBUILDABLE if " " not in name} & marked

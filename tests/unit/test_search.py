@@ -15,7 +15,7 @@ from modes_fx.policies import keep_per_block, reduce_k, reduce_k_rule
 from modes_fx.profile import Profile
 from modes_fx.search import ThresholdSearch, frontier, search, threshold_at_rank
 from modes_fx.skipping import Counts, Tokens, keep_all, simulate
-from modes_fx.testing import IMAGE, SPECIAL, VIDEO, tiny_inputs, tiny_qwen3_vl_moe
+from modes_fx.testing import FAMILIES, IMAGE, SPECIAL, VIDEO, tiny_inputs, tiny_qwen3_vl_moe
 
 IDS = ((IMAGE, VIDEO), SPECIAL)
 
@@ -335,3 +335,51 @@ def test_a_profile_searched_for_one_target_can_be_searched_again(model, batches,
     # Its alphas stay what the first search made them, and are not tempered twice.
     assert again.layers == once.layers and again.method == once.method
     assert again.measured_skip == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["kimi_k25+deepseek_v3", "gemma4", "mixtral", "deepseek_v2"])
+def test_other_families_are_calibrated_and_searched(name):
+    family = FAMILIES[name]
+    model = family.build()
+    batches = []
+    for kind in family.kinds[:3]:
+        for seed in (0, 1):
+            inputs = family.inputs(kind, seed=seed)
+            labels = inputs["input_ids"].clone()
+            labels[:, :-3] = -100
+            batches.append({**inputs, "labels": labels})
+    profile = calibrate(model, batches, special_token_ids=SPECIAL, progress=False)
+    assert [layer.name for layer in profile.layers] == [block.name for block in find_blocks(model)]
+    assert {layer.weight_scale for layer in profile.layers} == {family.weight_scale}
+    assert sum(layer.alpha_text for layer in profile.layers) == pytest.approx(1)
+    assert min(layer.alpha_text for layer in profile.layers) > 0
+    assert all(layer.alpha_vision > 0 for layer in profile.layers[:-1]) or not family.picture
+
+    found = search(model, batches, profile, target_skip=0.4, tolerance=0.03, grid=10, progress=False)
+    assert found.measured_skip == pytest.approx(0.4, abs=0.03)
+    assert found.kl is not None and found.kl > 0
+    assert {layer.weight_scale for layer in found.layers} == {family.weight_scale}
+    with torch.no_grad(), simulate(model, found) as counts:
+        for batch in batches:
+            model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False)
+    assert counts.skip() == pytest.approx(found.measured_skip)
+
+
+def test_thresholds_compare_scores_before_the_folded_factor():
+    family = FAMILIES["kimi_k25+deepseek_v3"]
+    inputs = family.inputs("batch")
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    profiles, skips = [], []
+    for factor in (1.0, 2.5):
+        model = family.build(routed_scaling_factor=factor)
+        profile = calibrate(model, [{**inputs, "labels": labels}], special_token_ids=SPECIAL, progress=False)
+        flat = profile.tempered(0).with_thresholds(tau_text=0.15, tau_vision=0.15)
+        with torch.no_grad(), simulate(model, flat) as counts:
+            model(**inputs, use_cache=False)
+        profiles.append(profile)
+        # The first block's routing does not depend on the factor.
+        skips.append(counts.skip_per_block()[0])
+    assert [profile.layers[0].weight_scale for profile in profiles] == [1.0, 2.5]
+    assert skips[0] == skips[1]
+    assert 0.1 < skips[0] < 0.9
