@@ -1,8 +1,10 @@
 """`modes_fx.explain`: what a compile of this model with this profile rewrites and leaves alone, and why."""
 
 import os
+import textwrap
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,8 @@ class Row:
         reason: Why not, else empty.
         theta_text, theta_vision: Routing weights below these are dropped: tau / alpha; None without a layer.
         modality: Where the modality of its tokens comes from.
+        traits: What its router and experts are like.
+        specialised: What its constants let the passes simplify.
         runs: How often it ran rewritten in the call.
         max_error: Largest relative difference that the proof of its rewrite saw.
     """
@@ -36,7 +40,9 @@ class Row:
     reason: str
     theta_text: float | None = None
     theta_vision: float | None = None
-    modality: str | None = None
+    modality: str = ""
+    traits: str = ""
+    specialised: tuple[str, ...] = ()
     runs: int = 0
     max_error: float | None = None
 
@@ -47,13 +53,19 @@ class Report:
 
     Attributes:
         rows: One per layer of the profile, in layer order, then what is left alone.
-        num_graphs: Graphs with experts or token ids; the others go to the lowering untouched.
+        num_graphs: Graphs that Dynamo made.
+        num_rewritten_graphs: Those with experts or token ids; the others go to the lowering untouched.
+        graph_breaks: How often Dynamo broke the graph, by its reason.
+        num_recompiles: Graphs of code that had been compiled before: other sizes, or another layer's weights.
         passes: How often each pass changed a graph.
         warnings: What was said while compiling.
     """
 
     rows: tuple[Row, ...]
     num_graphs: int
+    num_rewritten_graphs: int = 0
+    graph_breaks: dict[str, int] = field(default_factory=dict)
+    num_recompiles: int = 0
     passes: dict[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -63,45 +75,81 @@ class Report:
 
     def summary(self) -> str:
         """One line: how many of how many."""
-        done = f"{self.num_rewritten} of {len(self.rows)} blocks rewritten, in {self.num_graphs} graphs"
-        return f"{done}; " + ", ".join(f"{name} {count}" for name, count in self.passes.items())
+        return (
+            f"{self.num_rewritten} of {len(self.rows)} blocks rewritten. "
+            f"{self.num_graphs} graphs, {self.num_rewritten_graphs} of them changed; "
+            f"{sum(self.graph_breaks.values())} graph breaks, {self.num_recompiles} recompiles."
+        )
+
+    def header(self) -> tuple[str, ...]:
+        """Names of the columns. What is the same for all blocks has none, see `notes`."""
+        return (*_COLUMNS, *self._columns_that_differ())
 
     def cells(self) -> list[tuple[str, ...]]:
-        """The table's rows as text, without the header."""
+        """The table's rows as text, without the header; a number in brackets is that of a reason."""
+        reasons = self._reasons()
         return [
             (
                 row.layer or "(unknown block)",
-                "yes" if row.rewritten else "no",
+                f"no [{reasons.index(row.reason) + 1}]" if row.reason else "yes",
                 _number(row.theta_text),
                 _number(row.theta_vision),
-                row.modality or "",
                 str(row.runs),
-                "" if row.max_error is None else f"{row.max_error:.1e}",
-                row.reason,
+                "" if row.max_error is None else f"{row.max_error:.0e}",
+                *(_OPTIONAL[name](row) for name in self._columns_that_differ()),
             )
             for row in self.rows
         ]
 
+    def notes(self) -> list[str]:
+        """What stands under the table: reasons, what all blocks have in common, breaks, passes, warnings."""
+        notes = [f"[{number}] {reason}" for number, reason in enumerate(self._reasons(), start=1)]
+        for name, text in _OPTIONAL.items():
+            common = {text(row) for row in self.rows} - {""}
+            if len(common) == 1 and name not in self._columns_that_differ():
+                notes.append(f"{name}: {common.pop()}")
+        notes += [f"graph break, {count} times: {why}" for why, count in self.graph_breaks.items()]
+        changed = {name: count for name, count in self.passes.items() if count}
+        if changed:
+            notes.append("passes: " + ", ".join(f"{name} {count}" for name, count in changed.items()))
+        return [*notes, *(f"warning: {text}" for text in self.warnings)]
+
     def table(self) -> "Table":
         """The report as a `rich.table.Table`."""
+        from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=self.summary())
-        for name in _HEADER:
+        table = Table(title=self.summary(), caption=escape("\n".join(self.notes())), caption_justify="left")
+        for name in self.header():
             table.add_column(name)
         for cells in self.cells():
-            table.add_row(*cells)
+            table.add_row(*map(escape, cells))
         return table
 
     def __str__(self) -> str:
-        lines = [_HEADER, *self.cells()]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
+        lines = [self.header(), *self.cells()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
         text = ["  ".join(cells).rstrip() for cells in padded]
-        return "\n".join([*text, self.summary(), *self.warnings])
+        notes = [textwrap.fill(note, _WIDTH, subsequent_indent="    ") for note in self.notes()]
+        return "\n".join([*text, self.summary(), *notes])
+
+    def _reasons(self) -> list[str]:
+        return list(dict.fromkeys(row.reason for row in self.rows if row.reason))
+
+    def _columns_that_differ(self) -> list[str]:
+        """Of what may be the same for all blocks: what is not, among those that were rewritten."""
+        rows = [row for row in self.rows if row.rewritten]
+        return [name for name, text in _OPTIONAL.items() if len({text(row) for row in rows}) > 1]
 
 
-_HEADER = ("block", "rewritten", "drop text <", "drop vision <", "modality from", "runs", "error", "reason")
+_WIDTH = 110
+_COLUMNS = ("block", "rewritten", "drop text <", "drop vision <", "runs", "error")
+_OPTIONAL: dict[str, Callable[[Row], str]] = {
+    "specialised": lambda row: ", ".join(row.specialised),
+    "modality from": lambda row: row.modality,
+    "traits": lambda row: row.traits,
+}
 
 
 def explain(model: nn.Module, profile: Profile | str | os.PathLike[str], **inputs: Any) -> Report:
@@ -120,6 +168,7 @@ def explain(model: nn.Module, profile: Profile | str | os.PathLike[str], **input
     from torch._dynamo.exc import BackendCompilerFailed
 
     compiled = torch.compile(inner.forward, backend=backend)
+    before = _graph_breaks()
     with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -132,7 +181,25 @@ def explain(model: nn.Module, profile: Profile | str | os.PathLike[str], **input
     passes: Counter[str] = Counter()
     for unit in backend.graphs:
         passes.update(unit.counts)
-    return Report(tuple(_rows(backend)), len(backend.graphs), dict(passes), tuple(said))
+    return Report(
+        rows=tuple(_rows(backend)),
+        num_graphs=len(backend.compile_ids),
+        num_rewritten_graphs=len(backend.graphs),
+        graph_breaks=dict((_graph_breaks() - before).most_common()),
+        # An id is `frame/number`; earlier compiles of the frame, with other backends, count on.
+        num_recompiles=len(backend.compile_ids) - len({each.split("/")[0] for each in backend.compile_ids}),
+        passes=dict(passes),
+        warnings=tuple(said),
+    )
+
+
+def _graph_breaks() -> Counter[str]:
+    """Dynamo's counts so far, by first lines; after a break in a loop it skips the whole function."""
+    counts: Counter[str] = Counter()
+    for kind in ("graph_break", "unimplemented"):
+        for why, count in torch._dynamo.utils.counters[kind].items():
+            counts[why.strip().splitlines()[0]] += count
+    return counts
 
 
 def _rows(backend: Backend) -> list[Row]:
@@ -149,6 +216,7 @@ def _rows(backend: Backend) -> list[Row]:
         elif not refused and not runs:
             refused = "it was rewritten, but did not run"
         errors = [block.max_error for _, block in mine if block.max_error is not None]
+        sources = dict.fromkeys(unit.modality_source or "" for unit, _ in mine)
         rows.append(
             Row(
                 layer=layer.name,
@@ -156,12 +224,14 @@ def _rows(backend: Backend) -> list[Row]:
                 reason=refused,
                 theta_text=_theta(backend.profile.tau_text, layer.alpha_text),
                 theta_vision=_theta(backend.profile.tau_vision, layer.alpha_vision),
-                modality=mine[0][0].modality_source if mine else None,
+                modality=", ".join(sources),
+                traits=next((block.traits for _, block in mine if block.traits), ""),
+                specialised=tuple(dict.fromkeys(how for _, block in mine for how in block.specialised)),
                 runs=runs,
                 max_error=max(errors, default=None),
             )
         )
-    rows += [Row(None, False, block.reason) for _, block in seen if block.layer is None]
+    rows += [Row(None, False, block.reason, traits=block.traits) for _, block in seen if block.layer is None]
     return rows
 
 
