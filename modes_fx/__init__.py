@@ -1,6 +1,8 @@
 """Skip the experts that do not matter: MoDES for mixture-of-experts multimodal LLMs, as a compiler pass."""
 
 from modes_fx import demo as demo
+from modes_fx.attach import Attached as Attached
+from modes_fx.attach import attach as attach
 from modes_fx.backend import Backend as Backend
 from modes_fx.backend import backend as backend
 from modes_fx.calibrate import calibrate as calibrate

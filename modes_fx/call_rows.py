@@ -71,6 +71,20 @@ def find_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str | Non
     return None
 
 
+def argument(place: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The argument at `place`, a position or a keyword."""
+    return args[place] if isinstance(place, int) else kwargs[place]
+
+
+def with_argument(
+    place: int | str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with another one at `place`, as a forward pre-hook returns them."""
+    if isinstance(place, int):
+        return (*args[:place], value, *args[place + 1 :]), kwargs
+    return args, {**kwargs, place: value}
+
+
 def values_of_rows(values: Tensor, keys: Tensor, rows: Tensor, ambiguous: int) -> Tensor | None:
     """The value of the token that each row is a copy of.
 

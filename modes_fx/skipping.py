@@ -1,8 +1,9 @@
 """Simulate a skipping rule on the unedited eager model: dropped pairs get weight zero, the work stays.
 
-A pre-hook on the whole model notes the modality of the call's tokens; a pre-hook on each experts module asks
-the rule which pairs to drop, zeroes their weights and counts them. This is what calibration, search and
-the comparison policies measure with; the compiled model must give the same numbers and do less.
+A pre-hook on the whole model notes the modality of the call's tokens; a pre-hook on each experts module (or a
+hook on the router, where experts are called without weights) asks the rule which pairs to drop, zeroes their
+weights and counts them. This is what calibration, search and the comparison policies measure with; the
+compiled model must give the same numbers and do less.
 """
 
 import inspect
@@ -15,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from modes_fx.blocks import Block, find_blocks, unwrap
-from modes_fx.call_rows import Enclosing, enclosing_modules, find_rows, values_of_rows
+from modes_fx.call_rows import (
+    Enclosing,
+    argument,
+    enclosing_modules,
+    find_rows,
+    values_of_rows,
+    with_argument,
+)
 from modes_fx.errors import ModesError, ProfileError
 from modes_fx.modality import OTHER, VISION, token_modality
 from modes_fx.profile import Profile, fingerprint
@@ -145,10 +153,9 @@ def skip(
         call = {**call, **call.get("kwargs", {})}
         current[:] = [call_tokens(call, visual_token_ids, special_token_ids)]
 
-    def zero_dropped(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def without_dropped(index: int, weights: Tensor, rows: Tensor) -> Tensor:
+        """Routing weights of the block that is given `rows`, `[T, K]`, with dropped pairs at zero."""
         block = blocks[index]
-        place = _weights_of(args, kwargs)
-        weights: Tensor = args[place] if isinstance(place, int) else kwargs[place]
         if weights.shape[1] != block.top_k:
             raise ModesError(
                 f"{block.name} was to route every token to {block.top_k} experts and routes them to "
@@ -157,9 +164,6 @@ def skip(
         tokens = current[0]
         tokens = Tokens(tokens.modality.to(weights.device), tokens.real.to(weights.device))
         if len(tokens.modality) != len(weights):
-            hidden = find_rows(args, kwargs)
-            assert hidden is not None
-            rows = args[hidden] if isinstance(hidden, int) else kwargs[hidden]
             tokens = _tokens_of_rows(rows, tokens, enclosing, names[block.experts])
         dropped = rule(index, weights.float(), tokens)
         _count(counts, index, dropped, tokens)
@@ -167,18 +171,33 @@ def skip(
         if renormalise:
             mass = kept.sum(-1, keepdim=True)
             kept = torch.where(mass > 0, kept * (weights.sum(-1, keepdim=True) / mass), kept)
-        if isinstance(place, int):
-            return (*args[:place], kept, *args[place + 1 :]), kwargs
-        return args, {**kwargs, place: kept}
+        return kept
 
-    def experts_hook(index: int) -> Callable[..., tuple[Any, dict[str, Any]]]:
-        return lambda module, args, kwargs: zero_dropped(index, args, kwargs)
+    def experts_hook(index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            place, rows = _weights_of(args, kwargs), find_rows(args, kwargs)
+            assert rows is not None
+            kept = without_dropped(index, argument(place, args, kwargs), argument(rows, args, kwargs))
+            return with_argument(place, kept, args, kwargs)
+
+        return hook
+
+    def router_hook(index: int) -> Callable[..., Any]:
+        """For experts that run on every token, with a score of zero where they were not chosen."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> Any:
+            scores: Tensor = output[0]
+            weights, chosen = scores.topk(blocks[index].top_k)
+            kept = without_dropped(index, weights, args[0].reshape(-1, args[0].shape[-1]))
+            return scores.scatter(1, chosen, kept), *output[1:]
+
+        return hook
 
     def enclosing_hook(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             place = find_rows(args, kwargs)
             if place is not None:
-                enclosing.enter(name, args[place] if isinstance(place, int) else kwargs[place])
+                enclosing.enter(name, argument(place, args, kwargs))
 
         return hook
 
@@ -186,7 +205,10 @@ def skip(
     for name, module in enclosing_modules(model, [names[block.experts] for block in blocks]).items():
         handles.append(module.register_forward_pre_hook(enclosing_hook(name), with_kwargs=True))
     for i, block in enumerate(blocks):
-        handles.append(block.experts.register_forward_pre_hook(experts_hook(i), with_kwargs=True))
+        if block.dispatch == "dense":
+            handles.append(block.router.register_forward_hook(router_hook(i)))
+        else:
+            handles.append(block.experts.register_forward_pre_hook(experts_hook(i), with_kwargs=True))
     try:
         yield counts
     finally:
@@ -243,8 +265,8 @@ def _tokens_of_rows(rows: Tensor, tokens: Tokens, enclosing: Enclosing, name: st
         if modality is not None and real is not None:
             return Tokens(modality, real)
     raise ModesError(
-        f"{name} is given {len(rows)} rows in a call of {len(tokens.modality)} tokens, and no module around it "
-        "has the rows of all of them, so it cannot be told which tokens they are; this family is not supported."
+        f"{name} is given {len(rows)} rows in a call of {len(tokens.modality)} tokens, and no module around "
+        "it has the rows of all, so it cannot be told which tokens they are; this family is not supported."
     )
 
 
