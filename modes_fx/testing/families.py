@@ -697,7 +697,9 @@ UNSTACKED: dict[str, Family] = {
     ),
     "doge": _text("doge"),
     "jetmoe": _text("jetmoe"),
-    "longcat_flash": _text("longcat_flash", **_MLA),
+    "longcat_flash": _text(
+        "longcat_flash", num_layers=2, ffn_hidden_size=32, expert_ffn_hidden_size=16, **_MLA
+    ),
 }
 
 # Why what is left is not here.
