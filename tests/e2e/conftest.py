@@ -28,7 +28,10 @@ class Oracle:
     @contextmanager
     def __call__(self) -> Iterator["Oracle"]:
         self.pairs = self.dropped = 0
-        experts = {name: m for name, m in self.model.named_modules() if _is_experts(m)}
+        # By name, for the experts of a vision tower are no part of it.
+        blocks = {layer.name for layer in self.profile.layers}
+        modules = {name: m for name, m in self.model.named_modules() if _is_experts(m)}
+        experts = {name: m for name, m in modules.items() if name.rpartition(".")[0] in blocks}
         assert len(experts) == len(self.profile.layers)
         handles = [self.model.register_forward_pre_hook(self._see_tokens, with_kwargs=True)]
         for (name, module), layer in zip(experts.items(), self.profile.layers, strict=True):

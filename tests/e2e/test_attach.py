@@ -1,4 +1,4 @@
-"""An attached model gives the logits of the unedited one with dropped pairs at weight zero, compiled or not."""
+"""An attached model gives the logits of the unedited one with dropped pairs at weight zero."""
 
 import threading
 import warnings
