@@ -4,20 +4,21 @@ the layer's own weights.
     exact   the specification of the op in a higher precision, on the experts that the tokens chose
     low     the specification in the model's own dtype
     want    the matched nodes                    got   the new node, with thresholds that drop nothing
-    cut     the new node as it will stand in the graph, against `exact` without the pairs that the profile
-            drops for this router
+    cut     the new node as it will stand in the graph, on routing weights right below and above the
+            thresholds, against the specification with the constants that the profile has for this router
 
-A rewrite holds where want, got and cut are no further from `exact` than twice what `low` is, plus a rounding
-band: the dtype's own error is measured, not guessed. A layout, an activation, a weight order or a layer's
-constants that were matched wrongly are off by the size of the output itself.
+A rewrite holds where want, got and cut are no further from the specification than twice what `low` is, plus a
+rounding band: the dtype's own error is measured, not guessed. A layout, an activation, a weight order or a
+layer's constants that were matched wrongly are off by the size of the output itself. A rewrite that does not
+run does not hold.
 
 A few tokens are enough, and few experts among them, so that a proof costs little beside a compilation; the
 literal sizes of the matched nodes are replaced. Where that cannot be done they run on as many tokens as the
-call has.
+call has. A call of very few tokens, as in decode, is run more than once, so that each modality comes up.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,20 +28,36 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node, map_arg
 
 from modes_fx.kernels.masked_moe import masked_moe, reference
-from modes_fx.passes.dataflow import VIEWS, aten, between, dtype_of, hint, is_call, is_symbolic, shape_of
+from modes_fx.passes.dataflow import (
+    VIEWS,
+    Mismatch,
+    aten,
+    between,
+    dtype_of,
+    hint,
+    is_call,
+    is_symbolic,
+    shape_of,
+)
 from modes_fx.passes.find_blocks import Experts
 
 TOKENS = 16
 EXPERTS = 8
+# Of the first product: activations differ most around one, and their limits show beyond ten.
+SIZES = (1.0, 12.0)
 
 
 @dataclass(frozen=True)
 class Proof:
-    """The largest difference seen, and what the dtype explains; relative to the largest output."""
+    """The largest difference seen, and what the dtype explains; relative to the largest output.
+
+    `failure` is why one of the sides did not run, else empty.
+    """
 
     error: float
     allowed: float
     what: str = "output"
+    failure: str = ""
 
     @property
     def holds(self) -> bool:
@@ -48,6 +65,8 @@ class Proof:
         return self.error <= self.allowed
 
     def __str__(self) -> str:
+        if self.failure:
+            return f"it does not run: {self.failure}"
         return f"relative error of the {self.what} {self.error:.2g}, allowed {self.allowed:.2g}"
 
 
@@ -60,11 +79,11 @@ class Constants:
     tau_text: float
     tau_vision: float
 
-    def threshold(self) -> float:
-        """A routing weight around which the rule decides, to draw random ones from."""
-        pairs = ((self.tau_text, self.alpha_text), (self.tau_vision, self.alpha_vision))
-        thetas = [tau / alpha for tau, alpha in pairs if alpha > 0 and 0 < tau / alpha < math.inf]
-        return max(thetas, default=0.5)
+    def thresholds(self) -> list[float]:
+        """Routing weights that tell: where text and vision are cut, and one of other tokens that both cut."""
+        pairs = ((self.alpha_text, self.tau_text), (self.alpha_vision, self.tau_vision))
+        cuts = [tau / alpha if alpha > 0 else math.inf for alpha, tau in pairs]
+        return [*cuts, min((cut for cut in cuts if cut > 0), default=math.inf) / 2]
 
 
 def prove(
@@ -81,17 +100,23 @@ def prove(
     Returns:
         The worst of the comparisons; it holds where the rewrite may replace the block.
     """
+    tokens = hint(shape_of(block.hidden)[0])
+    if tokens == 0 and not isinstance(shape_of(block.hidden)[0], torch.SymInt):
+        # Nothing goes in and nothing comes out.
+        return Proof(0.0, 0.0)
     with torch.no_grad(), unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
         real = {parameter: tensor.detach() for parameter, tensor in real.items()}
-        tokens = hint(shape_of(block.hidden)[0])
         try:
             return _prove(block, rewritten, modality, real, constants, min(TOKENS, tokens))
-        except RuntimeError:
-            # A literal size that was not understood.
-            if tokens <= TOKENS:
-                raise
-            return _prove(block, rewritten, modality, real, constants, tokens)
+        except Exception as first:
+            failure = first
+        # A literal size that was not understood, or indeed a rewrite that cannot run.
+        if tokens > TOKENS and isinstance(failure, RuntimeError):
+            try:
+                return _prove(block, rewritten, modality, real, constants, tokens)
+            except Exception as second:
+                failure = second
+        return Proof(math.inf, 0.0, failure=f"{type(failure).__name__}: {failure}")
 
 
 def _prove(
@@ -102,72 +127,122 @@ def _prove(
     constants: Constants,
     tokens: int,
 ) -> Proof:
-    given = _Given(block, real, constants, tokens)
-    values = {**real, **given.inputs, modality: given.modality}
-    want = _run(block, block.output, values, tokens)
-    got = _run(block, rewritten, values, tokens, **_EVERYTHING)
-    cut = _run(block, rewritten, values, tokens)
-    exact, low = given.specification(torch.float64, _EVERYTHING), given.specification(None, _EVERYTHING)
-    dropped = given.specification(torch.float64, {})
-    scale = exact.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    # The band is for where the low-precision specification is exact by luck; products add up in float32 in
-    # whatever order, and there rounding errors grow like the root of the length.
-    length = max(real[block.gate_up].shape[1:])
-    band = 4 * torch.finfo(given.dtype).eps + 8 * torch.finfo(torch.float32).eps * math.sqrt(length)
-    allowed = 2 * ((low - exact).abs().max() / scale).item() + band
+    # Each modality below and above its threshold; with two slots both sides are in one token.
+    rounds = math.ceil((3 if block.top_k > 1 else 6) / tokens)
     proofs = [
-        Proof(((result.double() - truth).abs().max() / scale).item(), allowed, what)
-        for result, truth, what in (
-            (want, exact, "matched nodes"),
-            (got, exact, "rewritten block"),
-            (cut, dropped, "rewritten block with its thresholds"),
-        )
+        proof
+        for first in range(0, rounds * tokens, tokens)
+        for proof in _compare(_given(block, real, constants, tokens, first), rewritten, modality)
     ]
     # A NaN compares with nothing, and is the worst of all.
-    return max(proofs, key=lambda proof: math.inf if math.isnan(proof.error) else proof.error)
+    return max(proofs, key=lambda proof: math.inf if math.isnan(proof.error) else proof.error - proof.allowed)
+
+
+def _given(
+    block: Experts, real: Mapping[Node, Tensor], constants: Constants, tokens: int, first: int
+) -> "_Given":
+    """Inputs as large as the dtype bears."""
+    for shrink in (0, 4, 8, 12):
+        torch.manual_seed(first)
+        given = _Given(block, real, constants, tokens, first, 2.0**-shrink)
+        if given.low.isfinite().all():
+            break
+    return given
+
+
+def _compare(given: "_Given", rewritten: Node, modality: Node) -> Iterator[Proof]:
+    block, tokens = given.block, len(given.hidden)
+    values = {**given.real, **given.inputs(given.weights), modality: given.modality}
+    near = {**values, **given.inputs(given.near)}
+    want = _run(block, block.output, values, tokens)
+    got = _run(block, rewritten, values, tokens, **_EVERYTHING)
+    cut = _run(block, rewritten, near, tokens)
+    exact = given.specification(torch.float64, given.weights, _EVERYTHING)
+    kept = given.specification(torch.float64, given.near, {})
+    # The band is for where the low-precision specification is exact by luck; products add up in float32 in
+    # whatever order, and there rounding errors grow like the root of the length.
+    length = max(given.real[block.gate_up].shape[1:])
+    band = 4 * torch.finfo(given.dtype).eps + 8 * torch.finfo(torch.float32).eps * math.sqrt(length)
+    for size in given.sizes.unique():
+        rows = given.sizes == size
+        allowed = 2 * _error(given.low[rows], exact[rows]) + band
+        yield Proof(_error(want[rows], exact[rows]), allowed, "matched nodes")
+        yield Proof(_error(got[rows], exact[rows]), allowed, "rewritten block")
+        yield Proof(_error(cut[rows], kept[rows]), allowed, "rewritten block with its thresholds")
+
+
+def _error(result: Tensor, truth: Tensor) -> float:
+    scale = truth.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return ((result.double() - truth).abs().max() / scale).item()
 
 
 _EVERYTHING = {"tau_text": -math.inf, "tau_vision": -math.inf}
 
 
 class _Given:
-    """Random inputs of a block, and what the specification makes of them."""
+    """Random inputs of a block, and what the specification makes of them.
+
+    Args:
+        first: Number of the first token; modality, size and side of the threshold go by it.
+        shrink: Factor on the sizes.
+    """
 
     def __init__(
-        self, block: Experts, real: Mapping[Node, Tensor], constants: Constants, tokens: int
+        self,
+        block: Experts,
+        real: Mapping[Node, Tensor],
+        constants: Constants,
+        tokens: int,
+        first: int,
+        shrink: float,
     ) -> None:
         self.block, self.real, self.constants = block, real, constants
         gate_up = real[block.gate_up]
         self.dtype = gate_up.dtype
         device = gate_up.device
+        number = torch.arange(first, first + tokens, device=device)
+        self.modality = (number % 3).to(torch.uint8)
+        self.sizes = number.new_tensor(SIZES, dtype=torch.float32)[number % 2] * shrink
         self.chosen = torch.randperm(block.num_experts)[: max(EXPERTS, block.top_k)].to(device)
         width = shape_of(block.hidden)[1]
-        # First products of size about one, where activations differ most.
         size = gate_up[self.chosen].double().pow(2).mean().sqrt().clamp(min=1e-30)
-        hidden = torch.randn(tokens, width, device=device) / (size.float() * math.sqrt(width))
+        hidden = (
+            torch.randn(tokens, width, device=device)
+            * (self.sizes / (size.float() * math.sqrt(width)))[:, None]
+        )
         self.hidden = hidden.to(dtype_of(block.hidden))
-        picks = torch.rand(tokens, len(self.chosen), device=device).topk(block.top_k).indices
-        self.local, self.experts = picks, self.chosen[picks]
-        weights = torch.rand(tokens, block.top_k, device=device) * 2 * constants.threshold()
-        self.weights = weights.to(dtype_of(block.weights))
-        self.modality = (torch.arange(tokens, device=device) % 3).to(torch.uint8)
-        given = self.weights
-        if block.kind == "dense":
-            given = given.new_zeros(tokens, block.num_experts).scatter(1, self.experts, given)
-        self.inputs = {block.hidden: self.hidden, block.experts: self.experts, block.weights: given}
+        self.local = torch.rand(tokens, len(self.chosen), device=device).topk(block.top_k).indices
+        self.experts = self.chosen[self.local]
+        dtype = dtype_of(block.weights)
+        random = torch.rand(tokens, block.top_k, device=device) * 0.9 + 0.1
+        self.weights = random.to(dtype)
+        # Where a threshold is no weight that a router gives, any weight will do.
+        theta = torch.tensor(constants.thresholds(), device=device)[self.modality.int()][:, None]
+        sane = (theta > 64 * torch.finfo(dtype).smallest_normal) & (theta < 256)
+        above = (number[:, None] // 3 + torch.arange(block.top_k, device=device)) % 2 * 2 - 1
+        self.near = torch.where(sane, theta * (1 + 4 * torch.finfo(dtype).eps * above), random).to(dtype)
+        self.low = self.specification(None, self.weights, _EVERYTHING)
 
-    def specification(self, dtype: torch.dtype | None, thresholds: dict[str, float]) -> Tensor:
+    def inputs(self, weights: Tensor) -> dict[Node, Tensor]:
+        """By node."""
+        block = self.block
+        if block.kind == "dense":
+            weights = weights.new_zeros(len(weights), block.num_experts).scatter(1, self.experts, weights)
+        return {block.hidden: self.hidden, block.experts: self.experts, block.weights: weights}
+
+    def specification(
+        self, dtype: torch.dtype | None, weights: Tensor, thresholds: dict[str, float]
+    ) -> Tensor:
         """`reference` in `dtype` (None: the model's own), `[T, H]`, float64."""
         block = self.block
         parameters = [
             None if parameter is None else self.real[parameter][self.chosen].to(dtype or self.dtype)
             for parameter in (block.gate_up, block.down, block.gate_up_bias, block.down_bias)
         ]
-        weights = self.weights if dtype is None else self.weights.to(dtype)
         return reference(
             self.hidden.to(dtype or self.dtype),
-            self.weights,
             weights,
+            weights if dtype is None else weights.to(dtype),
             self.local,
             self.modality,
             *parameters,  # type: ignore[arg-type]
@@ -197,6 +272,8 @@ def _run(block: Experts, output: Node, values: Mapping[Node, Any], tokens: int, 
         return values[node]
 
     for node in between([output], set(values)):
+        if node.op != "call_function":
+            raise Mismatch(f"it reads {node.name}, which is no input of the block")
         args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
         if is_call(node, masked_moe):
             kwargs = {**kwargs, **constants}
@@ -206,19 +283,22 @@ def _run(block: Experts, output: Node, values: Mapping[Node, Any], tokens: int, 
 
 def _resized(node: Node, args: tuple[Any, ...], sizes: dict[int, int]) -> tuple[Any, ...]:
     """Arguments with literal numbers of tokens replaced; they always come first in a shape."""
+
+    def resized(shape: Any) -> list[Any]:
+        return [*(sizes.get(size, size) for size in shape[:1]), *shape[1:]]
+
     if is_call(node, *VIEWS, aten.expand.default) and len(args) > 1 and isinstance(args[1], list | tuple):
-        first, *rest = args[1]
+        shape = list(args[1])
         # In a view -1 is what is left over, in an expand it keeps the size.
-        counts = hint(shape_of(node)[0]) in sizes and -1 not in args[1]
-        return (args[0], [-1 if counts else first, *rest], *args[2:])
+        if shape and hint(shape_of(node)[0]) in sizes and -1 not in shape:
+            shape[0] = -1
+        return (args[0], shape, *args[2:])
     if is_call(node, aten.arange.default):
         return (sizes.get(args[0], args[0]), *args[1:])
     if is_call(node, aten.arange.start, aten.arange.start_step):
         return (args[0], sizes.get(args[1], args[1]), *args[2:])
     if is_call(node, aten.zeros.default, aten.full.default):
-        first, *rest = args[0]
-        return ([sizes.get(first, first), *rest], *args[1:])
+        return (resized(args[0]), *args[1:])
     if is_call(node, aten.new_zeros.default):
-        first, *rest = args[1]
-        return (args[0], [sizes.get(first, first), *rest], *args[2:])
+        return (args[0], resized(args[1]), *args[2:])
     return args

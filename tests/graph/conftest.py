@@ -1,4 +1,4 @@
-"""The tiny model's functional aten graphs, traced once a session and copied for each test."""
+"""The functional aten graphs of the tiny model, traced once a session and copied, and of single blocks."""
 
 import copy
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from modes_fx.passes.find_blocks import find_blocks
 from modes_fx.passes.unit import Unit
 from modes_fx.profile import Profile
 from modes_fx.testing import VOCABULARY, tiny_inputs, tiny_profile, tiny_qwen3_vl_moe
+from modes_fx.testing.small_block import SmallBlock, Traits, trace_block
 
 aten = torch.ops.aten
 
@@ -172,3 +173,36 @@ def bfloat16(_bfloat16: Traced) -> Traced:
 def table_shape() -> tuple[int, int]:
     """Of the token embedding and of the output head."""
     return VOCABULARY, 32
+
+
+class Small(NamedTuple):
+    """One block alone: the module, its graph, and the input it was traced with."""
+
+    block: SmallBlock
+    traced: Traced
+    x: torch.Tensor
+
+    def run(self, *extra: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return self.traced.gm(*self.traced.inputs, *extra)[0]
+
+
+@pytest.fixture(scope="session")
+def small() -> Callable[..., Small]:
+    """`small(tokens=9, scale=1.0, dynamic=False, **traits)`; `scale` multiplies the expert weights."""
+    graphs: dict[Any, Small] = {}
+
+    def make(tokens: int = 9, *, scale: float = 1.0, dynamic: bool = False, **traits: Any) -> Small:
+        key = (tokens, scale, dynamic, Traits(**traits))
+        if key not in graphs:
+            block = SmallBlock(Traits(**traits))
+            for name, parameter in block.named_parameters():
+                if name.endswith("_proj"):
+                    parameter.data *= scale
+            generator = torch.Generator().manual_seed(tokens)
+            x = torch.randn(tokens, block.traits.hidden, generator=generator).to(block.traits.dtype)
+            graphs[key] = Small(block, Traced(*trace_block(block, x, dynamic)), x)
+        found = graphs[key]
+        return found._replace(traced=found.traced.copy())
+
+    return make
