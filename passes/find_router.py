@@ -131,7 +131,8 @@ def router_parameter(experts: Node, num_experts: int) -> Node | None:
     """The parameter of the nearest product above `experts` that gives one number per expert, `[E, H]`."""
     for node in upwards(experts, stop=_is_product):
         if _is_product(node):
-            for argument in node.all_input_nodes:
+            # From the right: tokens that are an input of the graph look like a parameter too.
+            for argument in reversed(node.args):
                 source = parameter_of(argument)
                 if source is not None and len(shape_of(source)) == 2 and shape_of(source)[0] >= num_experts:
                     return source
@@ -144,7 +145,10 @@ def _is_product(node: Node) -> bool:
 
 def _is_softmax(node: Any) -> bool:
     """A softmax over the last dimension."""
-    return is_call(node, aten._softmax.default, aten.softmax.int) and node.args[1] in (-1, len(shape_of(node)) - 1)
+    return is_call(node, aten._softmax.default, aten.softmax.int) and node.args[1] in (
+        -1,
+        len(shape_of(node)) - 1,
+    )
 
 
 def _unscaled(node: Any, found: dict[str, Any]) -> Any:
