@@ -152,7 +152,9 @@ def find_blocks(graph: Graph) -> list[Experts | Declined]:
         try:
             found.append(_match(first, second))
         except Mismatch as reason:
-            found.append(Declined(second.node, _router_near(second), str(reason)))
+            # Products with all experts' weights at once need not be routed: shared experts run like that too.
+            if second.kind != "dense":
+                found.append(Declined(second.node, _router_near(second), str(reason)))
     return found
 
 
@@ -395,8 +397,9 @@ def _dense_choice(column: Any, num_experts: int) -> tuple[Node, Node]:
     if not is_call(node, aten.scatter.src) or node.args[1] not in (1, -1):
         raise Mismatch("the dense weights should be scattered from the chosen ones")
     base = up_through(node.args[0], *CASTS)
-    fill = base.args[1] if is_call(base, aten.full_like.default) else 0
-    if not is_call(base, aten.full_like.default, aten.zeros_like.default, aten.zeros.default):
+    full, zeros = (aten.full_like.default, aten.full.default), (aten.zeros_like.default, aten.zeros.default)
+    fill = base.args[1] if is_call(base, *full) else 0
+    if not is_call(base, *full, *zeros, aten.new_zeros.default):
         raise Mismatch(f"the dense weights are scattered onto {name_of(base)}")
     value = torch.tensor(float(fill))
     if (torch.sigmoid(value) if aten.sigmoid.default in functions else value) != 0:
