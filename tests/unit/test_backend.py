@@ -12,6 +12,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import modes_fx
 from modes_fx.backend import raise_recompile_limit
 from modes_fx.errors import ProfileError, RewriteError
+from modes_fx.passes.unit import Fingerprints
 from modes_fx.profile import fingerprint
 from modes_fx.testing import tiny_inputs, tiny_profile, tiny_qwen3_vl_moe
 
@@ -102,6 +103,31 @@ def test_example_inputs_are_not_kept_after_compiling(model, profile, input_ids):
     with torch.no_grad():
         hidden(model.get_decoder(), input_ids, backend)
     assert [unit.inputs for unit in backend.graphs] == [[]]
+
+
+def test_a_router_is_hashed_once_however_often_it_is_compiled(model, profile, input_ids, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(
+        "modes_fx.passes.unit.fingerprint", lambda weight: hashed.append(weight) or fingerprint(weight)
+    )
+    backend = modes_fx.backend(profile, lowering="eager")
+    decoder = model.get_decoder()
+    compiled = torch.compile(decoder, backend=backend, dynamic=False)
+    with torch.no_grad():
+        for length in (4, 7, 9):
+            compiled(input_ids=input_ids[:, :length], use_cache=False)
+    assert len(backend.graphs) == 3
+    routers = [layer.mlp.gate.weight for layer in decoder.layers]
+    assert sorted(map(id, hashed)) == sorted(map(id, routers))
+
+
+def test_a_router_that_was_changed_is_hashed_again(model):
+    router = torch.nn.Parameter(torch.randn(8, 32))
+    fingerprints = Fingerprints()
+    before = fingerprints(router)
+    with torch.no_grad():
+        router[3] += 1
+    assert fingerprints(router) == fingerprint(router) != before
 
 
 def test_thresholds_of_minus_infinity_give_the_eager_model(model, profile, input_ids):
