@@ -6,7 +6,14 @@ from torch._dynamo.utils import counters
 
 from modes_fx.passes import PIPELINE, run_passes
 
-NAMES = ["provide_modality", "skip_experts", "drop_dead_code"]
+NAMES = [
+    "provide_modality",
+    "skip_experts",
+    "drop_modality",
+    "delete_experts",
+    "narrow_slots",
+    "drop_dead_code",
+]
 
 
 def test_the_pipeline_is_in_the_order_that_its_comment_gives():

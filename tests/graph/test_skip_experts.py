@@ -66,6 +66,7 @@ def test_each_op_has_the_constants_of_its_own_layer(traced, profile):
             "activation": "silu(gate) * up",
             "interleaved": False,
             "is_transposed": False,
+            "weights_on_input": False,
             "layer": layer.name,
         }
         assert node.args[4] is unit.modality
@@ -109,7 +110,7 @@ def test_a_second_run_changes_nothing(prefill, profile):
     graph = str(prefill.graph)
     again = prefill.unit(profile)
     run_passes(prefill.gm, again, PIPELINE[1:])
-    assert again.counts == {"skip_experts": 0, "drop_dead_code": 0}
+    assert set(again.counts.values()) == {0}
     assert again.blocks == []
     assert str(prefill.graph) == graph
 
@@ -144,12 +145,12 @@ def test_without_a_modality_no_block_is_rewritten(prefill, profile):
 
 def test_a_declined_block_keeps_its_layer_and_its_reason(prefill, profile):
     silu = next(node for node in prefill.block(1).nodes() if node.target is aten.silu.default)
-    silu.target = aten.tanh.default
+    silu.target = aten.sin.default
     unit = rewritten(prefill, profile)
     assert prefill.count(masked_moe) == 2
     declined = unit.blocks[1]
     assert (declined.layer, declined.rewritten) == (profile.layers[1].name, False)
-    assert "no activation known in aten.tanh" in declined.reason
+    assert "no formula for aten.sin" in declined.reason
 
 
 def test_a_rewrite_that_the_proof_refuses_is_left_alone(prefill, profile):
