@@ -179,15 +179,13 @@ class Attached:
     def _watch(self, experts: list[str]) -> None:
         """Note each call's modality, and the inputs of modules around experts that may see part of it."""
         model, number = self.model, self._number
-        get = getattr(model, "get_input_embeddings", None)
-        embedding = getattr(get() if get is not None else None, "weight", None)
-        if isinstance(embedding, Tensor) and is_token_embedding(self.profile, embedding):
-            # Held here: the table of a model that is gone goes too.
-            self._table = EmbeddingTable(embedding, self.profile)
-            calls.tables[number] = self._table
-        ids = (list(self.profile.visual_token_ids), list(self.profile.special_token_ids))
+        table = None
+        weight = getattr(_embedding(model), "weight", None)
+        if isinstance(weight, Tensor) and is_token_embedding(self.profile, weight):
+            table = calls.tables[number] = EmbeddingTable(weight, self.profile)
+        begin = _begin_hook(self.profile, number, table)
         handles = [
-            model.register_forward_pre_hook(_begin_hook(number, *ids), with_kwargs=True, prepend=True),
+            model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True),
             model.register_forward_hook(_end_hook(number), always_call=True),
         ]
         for name, module in enclosing_modules(model, experts).items():
@@ -199,9 +197,18 @@ class Attached:
 
 def _embeds_tokens(model: nn.Module, names: dict[nn.Module, str]) -> str:
     """Prefix of the names of the modules that are given the call's tokens: those beside the embedding."""
-    get = getattr(model, "get_input_embeddings", None)
-    holder = names.get(get(), "").rpartition(".")[0] if get is not None else ""
+    embedding = _embedding(model)
+    holder = "" if embedding is None else names[embedding].rpartition(".")[0]
     return f"{holder}." if holder else ""
+
+
+def _embedding(model: nn.Module) -> nn.Module | None:
+    """The module that embeds token ids; None where the model has none of its own."""
+    find = getattr(model, "get_input_embeddings", None)
+    try:
+        return None if find is None else find()
+    except NotImplementedError:
+        return None
 
 
 class _Refused(Exception):
@@ -323,15 +330,17 @@ def _trace(block: Block) -> tuple[GraphModule, dict[str, str]]:
     raise _Refused(f"transformers' grouped_mm cannot run it ({type(error).__name__}: {error})") from error
 
 
-def _begin_hook(number: int, visual_token_ids: list[int], special_token_ids: list[int]) -> Callable[..., Any]:
+def _begin_hook(profile: Profile, number: int, table: EmbeddingTable | None) -> Callable[..., Any]:
+    ids = (list(profile.visual_token_ids), list(profile.special_token_ids))
+
     def hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         place = _tokens_place(args, kwargs)
         if not torch.compiler.is_compiling():
             tokens = None if place is None else argument(place, args, kwargs)
-            calls.begin(tokens, number, visual_token_ids, special_token_ids)
+            calls.begin(tokens, number, *ids, table)
         elif place is not None:
             tokens = argument(place, args, kwargs)
-            noted = calls.begin_call(tokens, number, visual_token_ids, special_token_ids)
+            noted = calls.begin_call(tokens, number, *ids)
             return with_argument(place, noted, args, kwargs)
         return None
 

@@ -61,30 +61,39 @@ class _Calls(threading.local):
 _calls = _Calls()
 _warned: set[int] = set()
 # Where embedded tokens can be read back from; without one, a call with inputs_embeds is of unknown modality.
+# A table lives as long as the hook on its model that holds it.
 tables: weakref.WeakValueDictionary[int, EmbeddingTable] = weakref.WeakValueDictionary()
 
 
 def begin(
-    tokens: Tensor | None, model: int, visual_token_ids: Sequence[int], special_token_ids: Sequence[int]
+    tokens: Tensor | None,
+    model: int,
+    visual_token_ids: Sequence[int],
+    special_token_ids: Sequence[int],
+    table: EmbeddingTable | None = None,
 ) -> None:
     """A call of `model` starts in this thread.
 
     Args:
         tokens: Its token ids `[B, S]`, or embedded tokens `[B, S, H]`, or None where it has neither.
         model: A number for the model.
+        visual_token_ids, special_token_ids: See `token_modality`.
+        table: What embedded tokens are read back from.
     """
     # First, so that nothing is left of the call before if this raises.
     end(model)
     if tokens is not None:
-        _calls.of[model] = _Call(_modality_of(tokens, model, visual_token_ids, special_token_ids))
+        _calls.of[model] = _Call(_modality_of(tokens, visual_token_ids, special_token_ids, table))
 
 
 def _modality_of(
-    tokens: Tensor, model: int, visual_token_ids: Sequence[int], special_token_ids: Sequence[int]
+    tokens: Tensor,
+    visual_token_ids: Sequence[int],
+    special_token_ids: Sequence[int],
+    table: EmbeddingTable | None,
 ) -> Tensor | None:
     if not tokens.is_floating_point():
         return token_modality(tokens, visual_token_ids, special_token_ids).reshape(-1)
-    table = tables.get(model)
     if table is None or not table.holds(tokens):
         return None
     return rows_modality(tokens, table.keys(), table.modality())
@@ -111,7 +120,7 @@ def forget(model: int) -> None:
 def _begin_call(
     tokens: Tensor, model: int, visual_token_ids: Sequence[int], special_token_ids: Sequence[int]
 ) -> Tensor:
-    begin(tokens, model, visual_token_ids, special_token_ids)
+    begin(tokens, model, visual_token_ids, special_token_ids, tables.get(model))
     return tokens.clone()
 
 

@@ -1,17 +1,19 @@
 """An attached model gives the logits of the unedited one with dropped pairs at weight zero."""
 
+import gc
 import threading
 import warnings
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import modes_fx
 from modes_fx.testing import FAMILIES, set_experts, tiny_inputs, tiny_profile, tiny_qwen3_vl_moe
 
 ATOL = 1e-4
-PICTURE, TEXT = tiny_inputs(), tiny_inputs(grid=None, seed=1)
+PICTURE = tiny_inputs()
 GENERATE = {
     **{"max_new_tokens": 6, "do_sample": False},
     **{"output_logits": True, "return_dict_in_generate": True},
@@ -153,6 +155,26 @@ def test_each_step_of_generate(cache, compiled, oracle, thresholds_at):
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=ATOL, rtol=0)
 
 
+@torch.no_grad()
+def test_compiled_by_generate(oracle, thresholds_at):
+    family = FAMILIES["internvl+qwen3_moe"]
+    model = family.build()
+    inputs = family.inputs("picture")
+    profile = thresholds_at(model, tiny_profile(model), inputs, 0.5)
+    options = {**GENERATE, "cache_implementation": "static"}
+    with oracle(model, profile)():
+        want = model.generate(**inputs, **options, disable_compile=True)
+    compile_config = transformers.CompileConfig(backend="eager", fullgraph=True)
+    # Else only on a GPU.
+    compile_config._compile_all_devices = True
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    with modes_fx.attach(model, profile):
+        got = model.generate(**inputs, **options, compile_config=compile_config)
+    assert counters["unique_graphs"] > 0
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=ATOL, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["picture", "pictures", "batch", "text"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @torch.no_grad()
@@ -270,12 +292,18 @@ def test_a_compiled_call_leaves_nothing_to_the_next(thresholds_at):
     torch.testing.assert_close(got, plain, atol=ATOL, rtol=0)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @torch.no_grad()
-def test_embedded_tokens_are_told_by_their_rows(oracle, thresholds_at):
-    model = tiny_qwen3_vl_moe()
-    profile = thresholds_at(model, tiny_profile(model), PICTURE, 0.5)
-    ids = TEXT["input_ids"]
-    want = expected(oracle, model, profile, TEXT)
-    with modes_fx.attach(model, profile):
-        got = model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=TEXT["attention_mask"])
-    torch.testing.assert_close(got.logits, want, atol=ATOL, rtol=0)
+def test_embedded_tokens_are_told_by_their_rows(compiled, oracle, thresholds_at):
+    model = FAMILIES["internvl+qwen3_moe"].build()
+    inputs = FAMILIES["internvl+qwen3_moe"].inputs("text")
+    profile = thresholds_at(model, tiny_profile(model), inputs, 0.5)
+    want = expected(oracle, model, profile, inputs)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    # What attach returns need not be kept.
+    modes_fx.attach(model, profile)
+    gc.collect()
+    if compiled:
+        model.compile(backend="eager")
+    got = model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits
+    torch.testing.assert_close(got, want, atol=ATOL, rtol=0)
