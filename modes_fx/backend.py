@@ -22,11 +22,12 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.utils.weak import WeakIdKeyDictionary
 
-from modes_fx.embeddings import EmbeddedTokens, EmbeddingTable, find_embedding
+from modes_fx.embeddings import EmbeddingTable, find_embedding
 from modes_fx.errors import ProfileError, RewriteError
 from modes_fx.lowering import Compiled, compile_graph
 from modes_fx.passes import PIPELINE, run_passes
 from modes_fx.passes.unit import (
+    FROM_ARGUMENTS,
     FROM_EMBEDDINGS,
     FROM_OTHER_GRAPH,
     UNKNOWN,
@@ -35,7 +36,7 @@ from modes_fx.passes.unit import (
     is_token_embedding,
 )
 from modes_fx.profile import Profile
-from modes_fx.runtime import RewrittenGraph, Run, WatchedGraph
+from modes_fx.runtime import RewrittenGraph, Run
 
 log = logging.getLogger(__name__)
 
@@ -135,19 +136,20 @@ class Backend:
         self.compile_ids.append(compile_id)
         unit = Unit(self.profile, inputs, compile_id=compile_id, fingerprint=self.fingerprints)
         has_tokens = _looks_up_tokens(gm, unit)
-        embedded = None if has_tokens else self._embedded_tokens(inputs)
         if not unit.routers and not has_tokens and not _has_experts(gm):
-            compiled = compile_graph(gm, inputs, self.lowering)
-            return compiled if embedded is None else WatchedGraph(compiled, self.run, embedded)
+            return compile_graph(gm, inputs, self.lowering)
+        table = None if has_tokens else self._table()
         if self.run.modality_is_known([layer.name for layer in unit.routers.values()]):
             unit.modality_elsewhere = FROM_OTHER_GRAPH
-        elif embedded is not None and embedded.read(inputs) is not None:
+        elif self.run.read_arguments(table) is not None:
+            unit.modality_elsewhere = FROM_ARGUMENTS
+        elif table is not None and table.read_first(inputs) is not None:
             unit.modality_elsewhere = FROM_EMBEDDINGS
 
         def rewrite(aten_gm: GraphModule) -> Callable[[Compiled], Compiled]:
             run_passes(aten_gm, unit, PIPELINE, self.disable)
             self._check(unit)
-            return lambda compiled: RewrittenGraph(compiled, unit, self.run, embedded)
+            return lambda compiled: RewrittenGraph(compiled, unit, self.run, table)
 
         _guard_on(gm, unit.routers)
         compiled = compile_graph(gm, inputs, self.lowering, rewrite, self._digest)
@@ -155,14 +157,12 @@ class Backend:
         self.graphs.append(unit)
         return compiled
 
-    def _embedded_tokens(self, inputs: Sequence[Any]) -> EmbeddedTokens | None:
-        """The inputs that have the shape of embedded tokens, and the model's table to read them with."""
+    def _table(self) -> EmbeddingTable | None:
+        """Of the token embedding of the model that is being compiled."""
         embedding = find_embedding(self.profile)
         if embedding is None:
             return None
-        table = self._tables.setdefault(embedding, EmbeddingTable(embedding, self.profile))
-        indices = [index for index, value in enumerate(inputs) if table.may_hold(value)]
-        return EmbeddedTokens(table, indices) if indices else None
+        return self._tables.setdefault(embedding, EmbeddingTable(embedding, self.profile))
 
     def _check(self, unit: Unit) -> None:
         """Every router of the profile in this graph has its block rewritten, and no block is left alone."""

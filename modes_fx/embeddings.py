@@ -4,7 +4,7 @@ A row of embedded text is, bit for bit, what the embedding module makes of its t
 comes from the vision encoder.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -75,6 +75,15 @@ class EmbeddingTable:
             return None
         return torch.where(found, modality, VISION).to(torch.uint8)
 
+    def read_first(self, values: Iterable[Any], num_tokens: int | None = None) -> Tensor | None:
+        """`read` of the first of `values` that holds embedded tokens, `num_tokens` of them where given."""
+        for value in values:
+            if self.may_hold(value) and num_tokens in (None, value.numel() // value.shape[-1]):
+                modality = self.read(value)
+                if modality is not None:
+                    return modality
+        return None
+
     def holds(self, rows: Tensor) -> bool:
         """Whether `rows` look like embedded tokens: some are what the embedding makes of a token."""
         return self.read(rows) is not None
@@ -115,24 +124,6 @@ class EmbeddingTable:
             modality = torch.where(special[group] > 0, OTHER, modality).to(torch.uint8)
         self._keys, self._modality = keys, modality
         self._sum, self._version = _checksum(weight), version
-
-
-class EmbeddedTokens:
-    """The inputs of one graph that may hold embedded tokens, and the table to read them with."""
-
-    def __init__(self, table: EmbeddingTable, indices: Sequence[int]) -> None:
-        self.table = table
-        self.indices = tuple(indices)
-
-    def read(self, args: Sequence[Any], num_tokens: int | None = None) -> Tensor | None:
-        """The modality `[T]`, uint8, of the first input that holds embedded tokens (T of them), or None."""
-        for index in self.indices:
-            rows = args[index]
-            if num_tokens is None or rows.numel() == num_tokens * rows.shape[-1]:
-                modality = self.table.read(rows)
-                if modality is not None:
-                    return modality
-        return None
 
 
 def _checksum(weight: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Graphs are pure; this module holds the only state, one set per backend and threa
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from types import FrameType
 from typing import Any
 
@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from modes_fx.calls import is_marked, mark, running_modules
-from modes_fx.embeddings import EmbeddedTokens
 from modes_fx.embeddings import EmbeddingTable as EmbeddingTable
 from modes_fx.errors import RewriteError
 from modes_fx.lowering import Compiled
-from modes_fx.modality import OTHER
+from modes_fx.modality import OTHER, VISION, token_modality
 from modes_fx.passes.provide_modality import MODALITY
 from modes_fx.passes.unit import Fingerprints, Unit, may_be_router
 from modes_fx.profile import Profile
@@ -47,7 +46,7 @@ class Run(threading.local):
         self.short_passes = 0
         self.warned: set[str] = set()
         self.executed = [0] * len(self.names)
-        self._is_whole: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+        self._whole: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
     def modality_is_known(self, layers: Collection[str] = ()) -> bool:
         """A graph of this call has given a modality, and none of these layers has taken it yet."""
@@ -85,6 +84,37 @@ class Run(threading.local):
         self.taken |= set(layers)
         return modality
 
+    def read_arguments(self, table: EmbeddingTable | None, num_tokens: int | None = None) -> Tensor | None:
+        """The modality of this call, `[T]`, uint8, from what its modules were called with, or None.
+
+        So it is known to layers that are compiled alone: whoever embeds the tokens runs eagerly then.
+
+        Args:
+            table: Reads embedded tokens; None not to read them.
+            num_tokens: How many there must be; None for any number.
+        """
+        read: Tensor | None = None
+        for frame, module in running_modules():
+            if not self._is_whole(module):
+                continue
+            args, kwargs = frame.f_locals.get("args", ()), frame.f_locals.get("kwargs", {})
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
+                told = token_modality(ids, self.profile.visual_token_ids, self.profile.special_token_ids)
+                told = told.reshape(-1)
+                if num_tokens in (None, told.numel()) and (read is None or _agree(read, told)):
+                    return told
+                return read
+            rows = [
+                value for value in (*args, *kwargs.values()) if table is not None and table.may_hold(value)
+            ]
+            if table is not None and rows and read is None:
+                read = table.read_first(rows, num_tokens)
+                if read is None:
+                    # Ids further out may not be those of these rows.
+                    return None
+        return read
+
     @property
     def _key(self) -> str:
         return f"__modes_fx_{id(self):x}"
@@ -92,16 +122,17 @@ class Run(threading.local):
     def _running_call(self) -> FrameType | None:
         """The frame of the innermost running call of a module that holds all layers of the profile."""
         for frame, module in running_modules():
-            if module not in self._is_whole:
-                self._is_whole[module] = self._holds_all_layers(module)
-            if self._is_whole[module]:
+            if self._is_whole(module):
                 return frame
         return None
 
-    def _holds_all_layers(self, module: nn.Module) -> bool:
-        routers = (p for p in module.parameters() if may_be_router(self.profile, p) and not p.is_meta)
-        wanted = {layer.fingerprint for layer in self.profile.layers}
-        return wanted <= {self.fingerprints(router) for router in routers}
+    def _is_whole(self, module: nn.Module) -> bool:
+        """Whether `module` holds all layers of the profile."""
+        if module not in self._whole:
+            routers = (p for p in module.parameters() if may_be_router(self.profile, p) and not p.is_meta)
+            wanted = {layer.fingerprint for layer in self.profile.layers}
+            self._whole[module] = wanted <= {self.fingerprints(router) for router in routers}
+        return self._whole[module]
 
     def ran(self, layers: list[int]) -> None:
         """These layers ran rewritten. Layers run in order, so a gap means that some ran outside.
@@ -159,12 +190,10 @@ class RewrittenGraph:
     # Takes its arguments as one list, so that the compiled graph may free them early.
     _boxed_call = True
 
-    def __init__(
-        self, compiled: Compiled, unit: Unit, run: Run, embedded: EmbeddedTokens | None = None
-    ) -> None:
+    def __init__(self, compiled: Compiled, unit: Unit, run: Run, table: EmbeddingTable | None = None) -> None:
         self.compiled = compiled
         self.run = run
-        self.embedded = embedded
+        self.table = table
         self.takes_modality = MODALITY in unit.extra_inputs
         self.gives_modality = unit.gives_modality
         self.layers = [run.order[name] for name in unit.layers()]
@@ -184,8 +213,10 @@ class RewrittenGraph:
     def _modality(self, args: list[Any]) -> Tensor:
         num_tokens, device = self.num_tokens(args), self.num_tokens.device
         modality = self.run.take(self.layers, num_tokens)
-        if modality is None and self.embedded is not None:
-            modality = self.embedded.read(args, num_tokens)
+        if modality is None:
+            modality = self.run.read_arguments(self.table, num_tokens)
+            if modality is None and self.table is not None:
+                modality = self.table.read_first(args, num_tokens)
             if modality is not None:
                 self.run.give(modality)
                 self.run.taken |= set(self.layers)
@@ -195,23 +226,9 @@ class RewrittenGraph:
         return modality.to(device)
 
 
-class WatchedGraph:
-    """A graph without experts, as it was, that gives the modality where embedded tokens come in.
-
-    Which graph that is shows at run time: a model's first layers may be dense, and then they share a graph.
-    """
-
-    def __init__(self, compiled: Callable[..., Any], run: Run, embedded: EmbeddedTokens) -> None:
-        self.compiled = compiled
-        self.run = run
-        self.embedded = embedded
-
-    def __call__(self, *args: Any) -> Any:
-        if not self.run.modality_is_known():
-            modality = self.embedded.read(args)
-            if modality is not None:
-                self.run.give(modality)
-        return self.compiled(*args)
+def _agree(read: Tensor, told: Tensor) -> bool:
+    """Whether rows and ids may be of the same tokens: they differ only where a row is no token's."""
+    return read.shape == told.shape and bool(((read == VISION) | (read == told.to(read.device))).all())
 
 
 class _TokenCount:

@@ -14,6 +14,7 @@ from modes_fx.profile import Layer, Profile, fingerprint
 # Where the modality of a graph's tokens comes from, in the order in which they are tried.
 FROM_TOKEN_IDS = "token ids"
 FROM_OTHER_GRAPH = "another graph"
+FROM_ARGUMENTS = "arguments of the call"
 FROM_EMBEDDINGS = "embedded tokens"
 UNKNOWN = "unknown"
 

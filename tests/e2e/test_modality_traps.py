@@ -4,6 +4,7 @@ The model runs in many graphs here, broken before each layer, so that the layers
 take the modality that the first graph gave. Every prompt has the same length, so that a stale one would fit.
 """
 
+import dataclasses
 import threading
 import warnings
 
@@ -15,6 +16,15 @@ import modes_fx
 from modes_fx.testing import IMAGE, tiny_inputs, tiny_profile, tiny_qwen3_vl_moe
 
 ATOL = 1e-4
+
+
+def named_as_in(decoder, profile):
+    """The profile of the whole model, with its layers' names as the decoder alone has them."""
+    layers = (
+        dataclasses.replace(layer, name=layer.name.removeprefix("model.language_model."))
+        for layer in profile.layers
+    )
+    return profile if hasattr(decoder, "lm_head") else dataclasses.replace(profile, layers=tuple(layers))
 
 
 class Interrupted(Exception):
@@ -49,7 +59,9 @@ def setup(oracle, thresholds_at):
         decoder = model.get_decoder()
         picture = tiny_inputs()["input_ids"]
         text = tiny_inputs(text=picture.shape[1] - 1, grid=None, seed=1)["input_ids"]
-        profile = thresholds_at(decoder, tiny_profile(model), {"input_ids": picture}, 0.5)
+        profile = thresholds_at(
+            decoder, named_as_in(decoder, tiny_profile(model)), {"input_ids": picture}, 0.5
+        )
         yield Setup(decoder, profile, oracle, {"picture": picture, "text": text})
 
 

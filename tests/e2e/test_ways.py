@@ -1,5 +1,6 @@
 """Every way to compile gives what the oracle gives, with every layer rewritten in every call."""
 
+import dataclasses
 import threading
 
 import pytest
@@ -11,6 +12,15 @@ import modes_fx
 from modes_fx.testing import IMAGE, PAD, VIDEO, tiny_inputs, tiny_profile, tiny_qwen3_vl_moe
 
 ATOL = 1e-4
+
+
+def named_as_in(decoder, profile):
+    """The profile of the whole model, with its layers' names as the decoder alone has them."""
+    layers = (
+        dataclasses.replace(layer, name=layer.name.removeprefix("model.language_model."))
+        for layer in profile.layers
+    )
+    return profile if hasattr(decoder, "lm_head") else dataclasses.replace(profile, layers=tuple(layers))
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +44,7 @@ def logits(oracle, profile):
     """`logits(model, **inputs)` as they must be."""
 
     def of(model, **inputs):
-        with oracle(model, profile)() as truth:
+        with oracle(model, named_as_in(model, profile))() as truth:
             out = model(**inputs)
         assert truth.dropped > 0
         return out.logits if "logits" in out else out.last_hidden_state
@@ -95,15 +105,9 @@ def test_regions(model, backend, logits, what, picture):
     wanted = [logits(model, **inputs) for inputs in calls]
     for part in parts(model, what):
         part.compile(backend=backend)
-    if what == "layers":
-        for inputs, want in zip(calls, wanted, strict=True):
-            equal(model(**inputs).logits, want)
-        assert backend.run.executed == [len(calls)] * 3
-    else:
-        # The first graph gets what attention made of the tokens: they cannot be told any more.
-        with pytest.warns(UserWarning, match="nothing is skipped.*Compile what embeds the tokens too"):
-            got = model(**calls[0]).logits
-        assert (got - wanted[0]).abs().max() > 0.01
+    for inputs, want in zip(calls, wanted, strict=True):
+        equal(model(**inputs).logits, want)
+    assert backend.run.executed == [len(calls)] * 3
 
 
 def dense_first(**sizes):
@@ -114,7 +118,7 @@ def dense_first(**sizes):
     return model
 
 
-@pytest.mark.parametrize("compiled", ["all layers", "layers with experts and the first"])
+@pytest.mark.parametrize("compiled", ["all layers", "layers with experts"])
 def test_regions_where_the_first_layers_have_no_experts(oracle, compiled):
     model = dense_first()
     profile = tiny_profile(model)
@@ -125,23 +129,30 @@ def test_regions_where_the_first_layers_have_no_experts(oracle, compiled):
         with oracle(model, profile)():
             wanted.append(model(**inputs).logits)
     backend = modes_fx.backend(profile, lowering="eager")
-    for index, layer in enumerate(model.get_decoder().layers):
-        if compiled == "all layers" or index != 1:
-            layer.compile(backend=backend)
+    for layer in model.get_decoder().layers[0 if compiled == "all layers" else 2 :]:
+        layer.compile(backend=backend)
     for inputs, want in zip(calls, wanted, strict=True):
         equal(model(**inputs).logits, want)
     assert backend.run.executed == [3, 3]
 
 
-def test_regions_where_only_later_layers_are_compiled_skip_nothing_and_name_the_cure(oracle):
-    model = dense_first()
-    profile = tiny_profile(model)
-    want = model(**tiny_inputs()).logits
-    backend = modes_fx.backend(profile, lowering="eager")
-    for layer in model.get_decoder().layers[2:]:
-        layer.compile(backend=backend)
-    with pytest.warns(UserWarning, match="nothing is skipped.*Compile what embeds the tokens too"):
-        equal(model(**tiny_inputs()).logits, want)
+def test_regions_called_with_embedded_tokens_alone(model, backend, logits):
+    ids = tiny_inputs(grid=None)["input_ids"]
+    want = logits(model, input_ids=ids)
+    for part in parts(model, "blocks"):
+        part.compile(backend=backend)
+    equal(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, want)
+    assert backend.graphs[0].modality_source == "arguments of the call"
+
+
+def test_layers_that_are_not_called_through_the_model_skip_nothing_and_name_the_cure(model, profile):
+    hidden = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))
+    block = model.get_decoder().layers[1].mlp
+    want = block(hidden)
+    strict = modes_fx.backend(profile, lowering="eager", strict=False)
+    block.compile(backend=strict)
+    with pytest.warns(UserWarning, match="nothing is skipped.*call the layers through the model"):
+        equal(block(hidden), want)
 
 
 # generate().
@@ -272,7 +283,7 @@ def test_embedded_tokens_without_ids(model, compiled, backend, logits):
     ids = tiny_inputs(grid=None)["input_ids"]
     want = logits(model, input_ids=ids)
     equal(compiled()(inputs_embeds=model.get_input_embeddings()(ids)).logits, want)
-    assert {unit.modality_source for unit in backend.graphs} == {"embedded tokens"}
+    assert {unit.modality_source for unit in backend.graphs} == {"arguments of the call"}
 
 
 # Several models, several threads.
@@ -282,7 +293,7 @@ def test_two_models_with_two_profiles_take_turns(model, profile, logits, oracle)
     other = tiny_qwen3_vl_moe(seed=1)
     other_profile = tiny_profile(other, tau_text=0.09, tau_vision=0.02)
     ids = tiny_inputs()["input_ids"]
-    with oracle(other.get_decoder(), other_profile)():
+    with oracle(other.get_decoder(), named_as_in(other.get_decoder(), other_profile))():
         wanted = [logits(model.get_decoder(), input_ids=ids), other.get_decoder()(input_ids=ids)[0]]
     backends = [modes_fx.backend(each, lowering="eager") for each in (profile, other_profile)]
     decoders = [model.get_decoder(), other.get_decoder()]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from modes_fx.embeddings import EmbeddedTokens, EmbeddingTable
+from modes_fx.embeddings import EmbeddingTable
 from modes_fx.modality import OTHER, TEXT, VISION
 from modes_fx.profile import Layer, Profile
 
@@ -152,9 +152,9 @@ def test_rows_of_zeros_are_no_evidence(table, embedding):
     assert table.read(torch.cat([zeros, embedding(torch.tensor([4]))])).tolist() == [OTHER] * 3 + [TEXT]
 
 
-def test_the_first_input_that_holds_as_many_tokens_is_read(table, embedding):
+def test_the_first_value_that_holds_as_many_tokens_is_read(table, embedding):
     rows = embedding(ALL).detach()
-    embedded = EmbeddedTokens(table, [0, 2, 3])
-    assert embedded.read([rows + 1, 7, rows[:3], rows]).tolist() == WANTED[:3]
-    assert embedded.read([rows + 1, 7, rows[:3], rows], num_tokens=20).tolist() == WANTED
-    assert embedded.read([rows + 1, 7, rows[:3], rows], num_tokens=19) is None
+    values = [rows + 1, 7, None, rows[:3], rows]
+    assert table.read_first(values).tolist() == WANTED[:3]
+    assert table.read_first(values, num_tokens=20).tolist() == WANTED
+    assert table.read_first(values, num_tokens=19) is None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from modes_fx.embeddings import EmbeddingTable
 from modes_fx.errors import RewriteError
 from modes_fx.modality import OTHER, TEXT, VISION
 from modes_fx.profile import Layer, Profile, fingerprint
@@ -177,6 +178,71 @@ def test_the_call_of_a_method_counts_where_torch_compile_makes_it(run, model, ma
     compiled = torch.compile(model.forward, backend="eager")
     assert compiled(torch.compiler.disable(give_and_take), run, mask, ([0], 3))[0] is mask
     torch._dynamo.reset()
+
+
+# What the modules of a call were called with.
+
+
+@pytest.fixture
+def table(profile):
+    embedding = nn.Embedding(20, 8, _weight=torch.randn(20, 8, generator=torch.Generator().manual_seed(1)))
+    return EmbeddingTable(embedding, profile)
+
+
+class Caller(nn.Module):
+    """A model around the model: called with anything, it calls the model with something."""
+
+    def __init__(self, model, run, table):
+        super().__init__()
+        self.model = model
+        self.read = lambda: run.read_arguments(table, 4)
+
+    def forward(self, *_, inner=None, **__):
+        return self.model(lambda embeds: self.read(), inner)
+
+
+@pytest.fixture
+def caller(model, run, table):
+    return Caller(model, run, table)
+
+
+IDS = torch.tensor([[0, 5, 5, 7]])
+WANTED = [OTHER, VISION, VISION, TEXT]
+
+
+@pytest.fixture
+def embeds(table):
+    rows = table.embedding(IDS).detach()
+    rows[0, 1:3] += 1
+    return rows
+
+
+def test_the_ids_that_the_model_was_called_with_are_read(caller):
+    assert caller(input_ids=IDS).tolist() == caller(IDS).tolist() == WANTED
+
+
+def test_so_are_embedded_tokens(caller, embeds):
+    assert caller(inner=embeds).tolist() == WANTED
+
+
+def test_ids_around_embedded_tokens_of_theirs_win(caller, table, embeds):
+    # The third is a token whose row was overwritten, as by the features of a sound.
+    ids = torch.tensor([[0, 5, 9, 7]])
+    assert caller(input_ids=ids, inner=embeds).tolist() == [OTHER, VISION, TEXT, TEXT]
+
+
+def test_ids_around_embedded_tokens_of_others_do_not(caller, embeds):
+    assert caller(input_ids=torch.tensor([[7, 5, 5, 0]]), inner=embeds).tolist() == WANTED
+    assert caller(input_ids=IDS, inner=torch.randn(1, 4, 8)) is None
+
+
+@pytest.mark.parametrize("inputs", [{}, {"input_ids": IDS[:, :3]}, {"input_ids": torch.randn(1, 4)}])
+def test_nothing_is_read_from_other_arguments(caller, inputs):
+    assert caller(**inputs) is None
+
+
+def test_nothing_is_read_from_calls_of_parts(run, model, table):
+    assert model.part(lambda ids: run.read_arguments(table, 4), IDS) is None
 
 
 def test_two_runs_in_one_call_are_apart(run, lenient, model, mask):
