@@ -142,11 +142,15 @@ def is_token_embedding(profile: Profile, weight: Any) -> bool:
     return shape is not None and tuple(shape) == (profile.vocab_size, profile.hidden_size)
 
 
+_SHARED = 8
+
+
 def may_be_router(profile: Profile, value: Any) -> bool:
     """Whether a real input could be a router weight of the profile, by shape alone."""
     return (
         isinstance(value, torch.nn.Parameter | Tensor)
         and value.dim() == 2
         and value.is_floating_point()
-        and any(value.shape[0] == layer.num_experts for layer in profile.layers)
+        # Some routers also weigh the shared experts, a few rows more.
+        and any(0 <= value.shape[0] - layer.num_experts <= _SHARED for layer in profile.layers)
     )

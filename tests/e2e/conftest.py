@@ -29,13 +29,16 @@ class Oracle:
     def __call__(self) -> Iterator["Oracle"]:
         self.pairs = self.dropped = 0
         # By name, for the experts of a vision tower are no part of it.
-        blocks = {layer.name for layer in self.profile.layers}
-        modules = {name: m for name, m in self.model.named_modules() if _is_experts(m)}
-        experts = {name: m for name, m in modules.items() if name.rpartition(".")[0] in blocks}
-        assert len(experts) == len(self.profile.layers)
-        handles = [self.model.register_forward_pre_hook(self._see_tokens, with_kwargs=True)]
-        for (name, module), layer in zip(experts.items(), self.profile.layers, strict=True):
-            handles.append(module.register_forward_pre_hook(self._zero(name, layer)))
+        layers = {layer.name: layer for layer in self.profile.layers}
+        handles = []
+        for name, module in self.model.named_modules():
+            layer = layers.get(name.rpartition(".")[0])
+            if layer is not None and _is_experts(module):
+                handles.append(module.register_forward_pre_hook(self._zero(name, layer)))
+            if layer is not None and _is_dense_router(module):
+                handles.append(module.register_forward_hook(self._zero_scores(layer)))
+        assert len(handles) == len(layers)
+        handles.append(self.model.register_forward_pre_hook(self._see_tokens, with_kwargs=True))
         try:
             yield self
         finally:
@@ -64,19 +67,30 @@ class Oracle:
             if len(weights) != len(kind):
                 assert self.to_vision_experts is not None
                 kind = kind[self.to_vision_experts == ("vision" in name.split(".")[-2])]
-            text, vision = kind == 0, kind == 1
-            self.scores["text"].append(alpha_text * weights[text].float())
-            self.scores["vision"].append(alpha_vision * weights[vision].float())
-            drop = torch.zeros_like(weights, dtype=torch.bool)
-            drop[text] = alpha_text * weights[text].float() < self.profile.tau_text
-            drop[vision] = alpha_vision * weights[vision].float() < self.profile.tau_vision
-            self.pairs += drop.numel()
-            self.dropped += int(drop.sum())
-            weights = weights.clone()
-            weights[drop] = 0
-            return hidden, index, weights
+            return hidden, index, self._kept(weights, kind, alpha_text, alpha_vision)
 
         return hook
+
+    def _zero_scores(self, layer: Any) -> Callable[..., Any]:
+        """Of Llama 4, whose router gives a score [T, E] of each expert, zero where not chosen."""
+
+        def hook(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            scores, index = output[0].topk(layer.top_k, dim=-1)
+            kept = self._kept(scores, self.kind, layer.alpha_text, layer.alpha_vision)
+            return torch.zeros_like(output[0]).scatter(1, index, kept), *output[1:]
+
+        return hook
+
+    def _kept(self, weights: Tensor, kind: Tensor, alpha_text: float, alpha_vision: float) -> Tensor:
+        text, vision = kind == 0, kind == 1
+        self.scores["text"].append(alpha_text * weights[text].float())
+        self.scores["vision"].append(alpha_vision * weights[vision].float())
+        drop = torch.zeros_like(weights, dtype=torch.bool)
+        drop[text] = alpha_text * weights[text].float() < self.profile.tau_text
+        drop[vision] = alpha_vision * weights[vision].float() < self.profile.tau_vision
+        self.pairs += drop.numel()
+        self.dropped += int(drop.sum())
+        return weights.masked_fill(drop, 0)
 
     @property
     def skip(self) -> float:
@@ -87,6 +101,11 @@ def _is_experts(module: nn.Module) -> bool:
     """Weights of all experts in one tensor, and a forward that transformers chooses by name."""
     stacked = [p for p in module.parameters(recurse=False) if p.ndim == 3]
     return len(stacked) >= 2 and hasattr(type(module).forward, "__wrapped__")
+
+
+def _is_dense_router(module: nn.Module) -> bool:
+    """A router that gives a score of every expert, which transformers has for Llama 4 alone."""
+    return type(module).__name__ == "Llama4Router"
 
 
 @pytest.fixture
@@ -103,7 +122,7 @@ def thresholds_at() -> Callable[..., Any]:
             return profile.with_thresholds(tau_text=float("inf"), tau_vision=float("inf"))
         plain = Oracle(model, profile.with_thresholds(tau_text=0.0, tau_vision=0.0))
         with plain(), torch.no_grad():
-            model(**inputs)
+            model(**inputs, use_cache=False)
         taus = []
         for scores in plain.scores.values():
             ordered = torch.cat([s.flatten() for s in scores]).sort().values

@@ -1,0 +1,49 @@
+"""The coverage matrix: every family, every way to compile.
+
+Each cell rewrites all layers and equals the oracle, or is declined with its reason.
+"""
+
+import pytest
+
+from modes_fx.testing import FAMILIES
+from modes_fx.testing.ways import NAMED, WAYS, cover
+
+ATOL = 1e-4
+OTHERS = [name for name in FAMILIES if name not in NAMED]
+
+# (family, way), or (family, None) for all ways: what the error or the warning says.
+DECLINED: dict[tuple[str, str | None], str] = {}
+
+
+def check(name, way, cell, atol=ATOL):
+    reason = DECLINED.get((name, way)) or DECLINED.get((name, None))
+    if reason is not None:
+        assert reason in cell.reason
+        return
+    assert cell.reason == ""
+    assert cell.error <= atol
+    assert cell.skip > 0.1
+
+
+@pytest.fixture
+def half(thresholds_at):
+    """Thresholds that drop about half of the pairs of a call."""
+    return lambda model, profile, inputs: thresholds_at(model, profile, inputs, 0.5)
+
+
+def entered(oracle):
+    return lambda model, profile: oracle(model, profile)()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", NAMED)
+def test_every_way_to_compile(name, way, oracle, half):
+    # Both implementations of the experts come up, in half of the cells each.
+    experts = ("grouped_mm", "batched_mm")[(NAMED.index(name) + list(WAYS).index(way)) % 2]
+    check(name, way, cover(FAMILIES[name], WAYS[way], entered(oracle), half, experts=experts))
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_family(name, experts, oracle, half):
+    check(name, "decoder", cover(FAMILIES[name], WAYS["decoder"], entered(oracle), half, experts=experts))
