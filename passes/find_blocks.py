@@ -286,7 +286,9 @@ def _views(node: Node, width: Any) -> list[Node]:
 
 def _combine(value: list[Node], second: _Product) -> tuple[Node, Node | None]:
     """The sum over slots below the second product, and what the rows are multiplied by on the way."""
+    # A bias that was added in place leaves views on the way from one of `value` to another.
     users = [user for node in value for user in node.users if user not in value]
+    users = [user for user in users if not (is_call(user, *VIEWS) and {*user.users} <= {*value})]
     factor: Any = None
     at: Any = None
     while True:
