@@ -73,7 +73,7 @@ def _loop(rows: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
 
 def _grouped_mm_takes(rows: Tensor, weights: Tensor) -> bool:
     """torch's grouped product wants float32, float16 or bfloat16 and strides of a multiple of 16 bytes."""
-    strides = {rows.stride(0), *weights.stride()} - {1}
+    strides = (rows.stride(0), *sorted(weights.stride())[1:])
     return rows.dtype in (torch.float32, torch.float16, torch.bfloat16) and all(
         stride * rows.element_size() % 16 == 0 for stride in strides
     )
