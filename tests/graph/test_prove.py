@@ -10,8 +10,9 @@ import torch
 from modes_fx.kernels.masked_moe import masked_moe
 from modes_fx.passes import provide_modality, run_passes, skip_experts
 from modes_fx.passes.prove import Constants, Proof, prove
+from modes_fx.passes.unit import Unit
 from modes_fx.profile import Profile
-from modes_fx.testing.small_block import GATED, UNGATED, block_profile
+from modes_fx.testing.small_block import GATED, UNGATED, SmallBlock, Traits, block_profile, trace_block
 
 aten = torch.ops.aten
 
@@ -280,6 +281,7 @@ AWKWARD = {
     "large weights": {"scale": 30.0},
     "small biases beside large weights": {"scale": 30.0, "biased": True},
     "odd sizes": {"hidden": 13, "intermediate": 7, "implementation": "batched_mm"},
+    "width one": {"hidden": 1, "intermediate": 1, "implementation": "batched_mm"},
     "narrow": {"hidden": 2, "intermediate": 1, "implementation": "batched_mm"},
     "wide": {"hidden": 512, "intermediate": 384, "top_k": 2},
     "symbolic": {"dynamic": True},
@@ -321,6 +323,21 @@ def test_a_graph_of_no_tokens_is_rewritten(small, attempt):
     one = small(0, implementation="batched_mm")
     (report,) = attempt(one.traced, block_profile(one.block, **CONSTANTS))
     assert report.rewritten, report.reason
+
+
+def test_refuses_dense_experts_that_give_something_for_nothing():
+    # Of a token with weight zero too, which a choice of experts leaves out.
+    class Leaky(SmallBlock):
+        def _apply_gate(self, y):
+            gate, up = y.chunk(2, dim=-1)
+            return torch.sigmoid(gate) * (up + 1)
+
+    block = Leaky(Traits(implementation="dense", weights_on_input=True))
+    gm, inputs = trace_block(block, torch.randn(9, 16))
+    unit = Unit(block_profile(block, **CONSTANTS), inputs)
+    assert run_passes(gm, unit, [provide_modality, skip_experts])["skip_experts"] == 0
+    assert_refused(unit.blocks[0])
+    assert "matched nodes" in unit.blocks[0].reason
 
 
 @pytest.mark.parametrize("broken", ["gate_up", "down"])
