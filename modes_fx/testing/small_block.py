@@ -151,7 +151,9 @@ class SmallBlock(nn.Module):
         from transformers.integrations import moe
 
         if self.traits.implementation == "dense":
-            return self._dense(x, weights.new_zeros(len(x), self.num_experts).scatter(1, experts, weights))
+            return self._dense(
+                x, weights.new_zeros(x.shape[0], self.num_experts).scatter(1, experts, weights)
+            )
         run = {
             "grouped_mm": moe.grouped_mm_experts_forward,
             "batched_mm": moe.batched_mm_experts_forward,
