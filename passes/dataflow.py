@@ -10,6 +10,7 @@ aten = torch.ops.aten
 
 CASTS = (
     aten._to_copy.default,
+    torch.ops.prims.convert_element_type.default,
     aten.clone.default,
     aten.alias.default,
     aten.detach.default,
@@ -100,7 +101,10 @@ def is_symbolic(node: Node) -> bool:
 
 def hint(size: Any) -> int:
     """A size as a number: the one of the call that is being compiled, where it is symbolic."""
-    return size if isinstance(size, int) else size.node.hint
+    number = size if isinstance(size, int) else size.node.hint
+    if number is None:
+        raise Mismatch("a size depends on data")
+    return number
 
 
 def static(size: Any, what: str) -> int:

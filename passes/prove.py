@@ -100,10 +100,14 @@ def prove(
     Returns:
         The worst of the comparisons; it holds where the rewrite may replace the block.
     """
-    tokens = hint(shape_of(block.hidden)[0])
-    if tokens == 0 and not isinstance(shape_of(block.hidden)[0], torch.SymInt):
+    size = shape_of(block.hidden)[0]
+    if isinstance(size, int) and size == 0:
         # Nothing goes in and nothing comes out.
         return Proof(0.0, 0.0)
+    try:
+        tokens = hint(size)
+    except Mismatch as reason:
+        return Proof(math.inf, 0.0, failure=str(reason))
     with torch.no_grad(), unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
         real = {parameter: tensor.detach() for parameter, tensor in real.items()}
         try:

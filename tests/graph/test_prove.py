@@ -340,6 +340,18 @@ def test_refuses_dense_experts_that_give_something_for_nothing():
     assert "matched nodes" in unit.blocks[0].reason
 
 
+def test_refuses_a_number_of_tokens_that_depends_on_data(small, attempt):
+    one = small(dynamic=True)
+    hidden = one.traced.block().hidden
+    value = hidden.meta["val"]
+    some = value.fake_mode.shape_env.create_unbacked_symint()
+    with value.fake_mode:
+        hidden.meta["val"] = torch.empty(some, 16)
+    (report,) = attempt(one.traced, block_profile(one.block, **CONSTANTS))
+    assert_refused(report)
+    assert "depends on data" in report.reason
+
+
 @pytest.mark.parametrize("broken", ["gate_up", "down"])
 def test_does_not_hold_where_weights_are_not_numbers(prefill, profile, broken):
     block = prefill.block()
