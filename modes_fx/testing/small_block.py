@@ -6,7 +6,7 @@ A model takes seconds to trace, a block a twentieth of one, so that tests can go
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -237,10 +237,11 @@ def trace_block(block: nn.Module, x: Tensor, dynamic: bool = False) -> tuple[Gra
 
     with torch.no_grad():
         if dynamic:
-            gm, _ = aot_export_module(Returns(), (fake,), trace_joint=False, decompositions={})
+            traced, _ = aot_export_module(Returns(), (fake,), trace_joint=False, decompositions={})
         else:
             fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in named.values()]
-            gm = make_fx(dispatch_functionalize(call))(*fakes, fake)
+            traced = make_fx(dispatch_functionalize(call))(*fakes, fake)
+    gm = cast(GraphModule, traced)
     for node in gm.graph.find_nodes(
         op="call_function", target=torch.ops.aten._assert_tensor_metadata.default
     ):

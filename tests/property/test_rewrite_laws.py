@@ -162,7 +162,7 @@ def rewrite_and_compare(example: Example) -> BlockReport:
     return report
 
 
-def test_the_rewritten_block_equals_the_oracle():
+def test_the_rewritten_block_equals_the_oracle() -> None:
     seen: Counter[Any] = Counter()
 
     @settings(
@@ -173,7 +173,7 @@ def test_the_rewritten_block_equals_the_oracle():
         suppress_health_check=list(HealthCheck),
     )
     @given(example=examples())
-    def law(example):
+    def law(example: Example) -> None:
         report = rewrite_and_compare(example)
         # Every combination of traits is known: none is left alone.
         assert report.rewritten, report.reason
