@@ -152,6 +152,8 @@ class Backend:
             return lambda compiled: RewrittenGraph(compiled, unit, self.run, table)
 
         _guard_on(gm, unit.routers)
+        if unit.routers:
+            _bake_floats(gm, inputs)
         compiled = compile_graph(gm, inputs, self.lowering, rewrite, self._digest)
         unit.close()
         self.graphs.append(unit)
@@ -278,3 +280,29 @@ def _guard_on(gm: GraphModule, indices: Iterable[int]) -> None:
         grapharg = placeholders[index].meta.get("grapharg")
         if grapharg is not None:
             install_guard(grapharg.source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def _bake_floats(gm: GraphModule, inputs: Sequence[Any]) -> None:
+    """Turn floats that Dynamo has made inputs, with `dynamic=True`, back into constants, and guard on them.
+
+    They are the modules' own numbers, such as the limit of a clamp; a formula of the gate needs their values.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        grapharg = node.meta.get("grapharg")
+        items = [user for user in node.users if user.op == "call_method" and user.target == "item"]
+        # NumPy's numbers are passed as tensors too; a float is one that the graph asks back.
+        if (
+            grapharg is None
+            or not grapharg.pass_arg_as_tensor
+            or value.dim()
+            or len(items) != len(node.users)
+        ):
+            continue
+        install_guard(grapharg.source.make_guard(GuardBuilder.EQUALS_MATCH))
+        for item in items:
+            for reader in list(item.users):
+                reader.replace_input_with(item, value.item())
+            gm.graph.erase_node(item)
+    gm.recompile()

@@ -162,7 +162,8 @@ class Run(threading.local):
         names = ", ".join(self.names[index] for index in missing)
         message = (
             f"{names} ran outside the compiled graphs and skipped nothing. Dynamo fell back to eager there: "
-            "look at TORCH_LOGS=graph_breaks,recompiles, or compile model.get_decoder() alone."
+            "look at TORCH_LOGS=graph_breaks,recompiles, or compile model.get_decoder() alone. A model that "
+            "sends each token to one of several sets of experts needs modes_fx.attach(model, profile)."
         )
         self.last, self.short_passes = -1, 0
         if self.strict:

@@ -147,8 +147,7 @@ class _Reader:
         return False
 
     def cast(self, node: Any) -> str | None:
-        # A copy without a dtype keeps it.
-        dtype = node.kwargs.get("dtype") or dtype_of(node)
+        dtype = dtype_of(node)
         if dtype == dtype_of(node.args[0]):
             return self.read(node.args[0])
         if dtype == torch.float32:
@@ -249,6 +248,7 @@ def _rsub(reader: _Reader, node: Any) -> str | None:
 
 _RULES: dict[Any, Callable[[_Reader, Any], str | None]] = {
     aten._to_copy.default: _Reader.cast,
+    torch.ops.prims.convert_element_type.default: _Reader.cast,
     aten.gelu.default: _gelu,
     aten.clamp.default: _clamp,
     aten.clamp_min.default: _clamp,

@@ -151,6 +151,12 @@ WAYS: dict[str, Way] = {
 }
 
 
+_UNTRACEABLE = (
+    torch._dynamo.exc.Unsupported,
+    torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode,
+)
+
+
 @dataclass(frozen=True)
 class Cell:
     """What became of one family compiled in one way.
@@ -217,8 +223,11 @@ def cover(
         except Exception as failure:
             # Dynamo wraps what the backend raises.
             reason = getattr(failure, "inner_exception", failure)
-            if not isinstance(reason, ModesError):
-                raise
-            return Cell(layers, str(reason), error, min(skips))
+            if isinstance(reason, ModesError):
+                return Cell(layers, str(reason), error, min(skips))
+            if isinstance(reason, _UNTRACEABLE):
+                first = str(reason).splitlines()[0]
+                return Cell(layers, f"torch cannot trace the model: {first}", error, min(skips))
+            raise
     said = [str(w.message) for w in caught if "skipped" in str(w.message) or "unskipped" in str(w.message)]
     return Cell(layers, said[0] if said else "", error, min(skips))

@@ -11,13 +11,21 @@ from modes_fx.testing.ways import NAMED, WAYS, cover
 ATOL = 1e-4
 OTHERS = [name for name in FAMILIES if name not in NAMED]
 
-# (family, way), or (family, None) for all ways: what the error or the warning says.
-DECLINED: dict[tuple[str, str | None], str] = {}
+# What the error or the warning says.
+DECLINED: dict[tuple[str, str], str] = {
+    # Its text and vision experts see a part of the tokens each, in graphs that do not show which.
+    **{("ernie4_5_vl_moe", way): "needs modes_fx.attach(model, profile)" for way in WAYS},
+    ("ernie4_5_vl_moe", "attach"): "",
+    ("ernie4_5_vl_moe", "decoder, fullgraph"): "torch cannot trace the model: Data-dependent branching",
+    ("ernie4_5_vl_moe", "torch.export"): "torch cannot trace the model: Could not guard on data-dependent",
+    # Its experts are no ExpertsInterface's, and the compiled ways do not need them to be.
+    ("llama4", "attach"): "transformers does not run it through its ExpertsInterface",
+}
 
 
 def check(name, way, cell, atol=ATOL):
-    reason = DECLINED.get((name, way)) or DECLINED.get((name, None))
-    if reason is not None:
+    reason = DECLINED.get((name, way))
+    if reason:
         assert reason in cell.reason
         return
     assert cell.reason == ""
