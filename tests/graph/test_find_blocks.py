@@ -215,8 +215,11 @@ def scaled_down_weights(n):
 
 
 def other_offsets_in_the_second_product(n):
+    # Those of other experts: a copy would be the same block.
     offsets = n["offsets"]
-    copy = _insert(n["second"], offsets.target, *offsets.args, **offsets.kwargs)
+    counts = _insert(n["second"], n["counts"].target, n["counts"].args[0], 8, 0, 6)
+    copy = _insert(n["second"], offsets.target, counts, *offsets.args[1:], **offsets.kwargs)
+    copy.meta = dict(offsets.meta)
     n["second"].args = (*n["second"].args[:2], copy, *n["second"].args[3:])
 
 
