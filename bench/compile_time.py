@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+LINEAR = 2.3
 RESULT = Path(__file__).parent / "results" / "compile_time.json"
 
 
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 24, 48])
     parser.add_argument("--lowering", choices=["inductor", "eager", "plain"], default="inductor")
     parser.add_argument("--record", action="store_true", help=f"write {RESULT.name}")
+    parser.add_argument("--gate", action="store_true", help="fail where twice the layers take over 2.3 times")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one is not None:
@@ -94,11 +96,16 @@ def main() -> None:
         row = json.loads(output.stdout.splitlines()[-1])
         rows.append(row)
         shown = {key: value for key, value in row.items() if key != "executed"}
-        print(shown | {"every layer ran": row["executed"] == [1] * layers}, flush=True)
+        ran = row["executed"] == [1] * layers
+        print(shown | {"every layer ran": ran}, flush=True)
+        if arguments.gate and not ran:
+            sys.exit("A layer did not run rewritten.")
     for less, more in itertools.pairwise(rows):
         if more["layers"] == 2 * less["layers"]:
             ratio = more["compile_s"] / less["compile_s"]
             print(f"{more['layers']} / {less['layers']} layers: {ratio:.2f} times the compile time")
+            if arguments.gate and ratio > LINEAR:
+                sys.exit(f"Compile time is not linear in the layers: {ratio:.2f} times, at most {LINEAR}.")
     if arguments.record:
         RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text(json.dumps(rows, indent=2) + "\n")

@@ -293,7 +293,8 @@ def _combine(value: list[Node], second: _Product) -> tuple[Node, Node | None]:
     at: Any = None
     while True:
         if len(users) != 1:
-            raise Mismatch(f"the output of the experts has {len(users)} users, which should be one combine")
+            names = ", ".join(sorted({name_of(user) for user in users})) or "nothing"
+            raise Mismatch(f"the output of each expert goes to {names}, which should be one sum over slots")
         user = users[0]
         source = next(n for n in user.all_input_nodes if n in value or n is at)
         if is_call(user, aten.mul.Tensor) and factor is None:
