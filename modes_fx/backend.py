@@ -186,7 +186,8 @@ class Backend:
         if lost and not any(block.layer in lost for block in unit.blocks):
             self._complain(
                 f"{lost[0]} was not rewritten: its router is in this graph, its experts are not in a form "
-                'that is known. Call model.set_experts_implementation("grouped_mm") before compiling.'
+                'that is known. Call model.set_experts_implementation("grouped_mm") before compiling, where '
+                "the family has it."
             )
         if unit.modality_source == UNKNOWN and unit.layers():
             log.warning("The modality of %s cannot be told in this graph.", ", ".join(unit.layers()))

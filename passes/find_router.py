@@ -102,6 +102,9 @@ def find_router(experts: Node, weights: Node | None, num_experts: int) -> Router
     parameter = router_parameter(experts, num_experts)
     if weights is None:
         return Router(parameter)
+    if parameter is None:
+        # The choice is looked up by token, the weights are the router's.
+        parameter = router_parameter(weights, num_experts)
     found: dict[str, Any] = {"factor": 1.0}
     node = _unscaled(weights, found)
     if is_call(node, aten.div.Tensor) and _is_sum_of(node.args[1], node.args[0]):

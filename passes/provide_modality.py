@@ -33,18 +33,20 @@ _OVERWRITES = (aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.index_put.
 MODALITY, TABLE_KEYS, TABLE_MODALITY = "modality", "table_keys", "table_modality"
 
 
-def find_token_ids(graph: Graph, unit: Unit) -> Node | None:
-    """The node with the token ids, `[B, S]`, where this graph looks them up in the token embedding."""
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target is aten.embedding.default:
-            table, ids = node.args[:2]
-            source = parameter_of(table)
-            # Models also look up single tokens, to compare embeddings with them; those are no [B, S].
-            if source is None or ids.meta["val"].dim() != 2:
-                continue
-            if is_token_embedding(unit.profile, unit.real(source)):
-                return _as_given(ids)
-    return None
+def find_token_ids(graph: Graph, unit: Unit) -> list[Node]:
+    """The token ids, `[B, S]`, that this graph looks up in the token embedding, one node a sequence."""
+    found: dict[Node, None] = {}
+    for node in graph.find_nodes(op="call_function", target=aten.embedding.default):
+        table, ids = node.args[:2]
+        source = parameter_of(table)
+        # Models also look up single tokens, to compare embeddings with them; those are no [B, S].
+        if source is None or ids.meta["val"].dim() != 2:
+            continue
+        if is_token_embedding(unit.profile, unit.real(source)):
+            found[_as_given(ids)] = None
+    # Ids that are a constant of the model are nobody's tokens.
+    given = [ids for ids in found if ids.op == "placeholder"]
+    return given or list(found)
 
 
 def _as_given(ids: Any) -> Node:
@@ -65,9 +67,13 @@ def provide_modality(gm: GraphModule, unit: Unit) -> int:
     """Set `unit.modality` and add the inputs and outputs it takes; returns 1 where the graph changed."""
     graph = gm.graph
     experts = [block for block in find_blocks(graph) if isinstance(block, Experts)]
-    ids = find_token_ids(graph, unit)
+    token_ids = find_token_ids(graph, unit)
     profile = unit.profile
-    if ids is not None:
+    if len(token_ids) > 1:
+        unit.why_no_modality = "the graph looks up the ids of two sequences, and does not show which it sees"
+        return 0
+    if token_ids:
+        (ids,) = token_ids
         with graph.inserting_after(ids):
             modality = graph.call_function(
                 token_modality, (ids, list(profile.visual_token_ids), list(profile.special_token_ids))

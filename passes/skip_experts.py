@@ -43,7 +43,7 @@ def skip_experts(gm: GraphModule, unit: Unit) -> int:
                 f"the graph {block.num_experts}, top {block.top_k}"
             )
         elif unit.modality is None:
-            report.reason = "no modality was provided (the pass provide_modality is switched off)"
+            report.reason = unit.why_no_modality
         else:
             rewritten = build(gm, block, layer, unit)
             real = {parameter: unit.real(parameter) for parameter in block.parameters()}

@@ -59,6 +59,7 @@ class Unit:
         modality: The node of the tokens' modality, `[T]`, uint8, once a pass has provided it.
         modality_source: Where it comes from, likewise; None in a graph without blocks or tokens.
         extra_inputs: Names of inputs that the passes added at the end, in order.
+        why_no_modality: The reason that blocks are given where `modality` is None.
         gives_modality: The graph returns the modality as one more, last output.
         blocks: One report for each block seen.
         counts: Rewrites by pass name.
@@ -75,6 +76,7 @@ class Unit:
     modality_source: str | None = None
     extra_inputs: list[str] = field(default_factory=list)
     gives_modality: bool = False
+    why_no_modality: str = "no modality was provided (the pass provide_modality is switched off)"
     blocks: list[BlockReport] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     routers: dict[int, Layer] = field(default_factory=dict)
