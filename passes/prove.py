@@ -166,7 +166,7 @@ def _compare(given: "_Given", rewritten: Node, modality: Node) -> Iterator[Proof
     # The band is for where the low-precision specification is exact by luck; products add up in float32 in
     # whatever order, and there rounding errors grow like the root of the length.
     length = max(given.real[block.gate_up].shape[1:])
-    band = 4 * torch.finfo(given.dtype).eps + 8 * torch.finfo(torch.float32).eps * math.sqrt(length)
+    band = 4 * torch.finfo(given.dtype).eps + 16 * torch.finfo(torch.float32).eps * math.sqrt(length)
     for size in given.sizes.unique():
         rows = given.sizes == size
         allowed = 2 * _error(given.low[rows], exact[rows]) + band

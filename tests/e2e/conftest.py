@@ -122,7 +122,7 @@ def thresholds_at() -> Callable[..., Any]:
             return profile.with_thresholds(tau_text=float("inf"), tau_vision=float("inf"))
         plain = Oracle(model, profile.with_thresholds(tau_text=0.0, tau_vision=0.0))
         with plain(), torch.no_grad():
-            model(**inputs, use_cache=False)
+            model(**{"use_cache": False, **inputs})
         taus = []
         for scores in plain.scores.values():
             ordered = torch.cat([s.flatten() for s in scores]).sort().values

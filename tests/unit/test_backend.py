@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -118,7 +119,10 @@ def test_a_router_is_hashed_once_however_often_it_is_compiled(model, profile, in
             compiled(input_ids=input_ids[:, :length], use_cache=False)
     assert len(backend.graphs) == 3
     routers = [layer.mlp.gate.weight for layer in decoder.layers]
-    assert sorted(map(id, hashed)) == sorted(map(id, routers))
+    times = Counter(map(id, hashed))
+    # What has about as many rows as a router is hashed too, and also once.
+    assert set(times.values()) == {1}
+    assert times.keys() >= {id(router) for router in routers}
 
 
 def test_a_router_that_was_changed_is_hashed_again(model):
