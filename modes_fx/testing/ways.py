@@ -114,14 +114,13 @@ class _Exported:
         self.executed = [0] * len(profile.layers)
 
     def __call__(self, **inputs: Any) -> Any:
-        program = torch.export.export(self.model, (), {**inputs, "use_cache": False}, strict=False)
-        program = rewrite(program, self.profile)
+        program = rewrite(torch.export.export(self.model, (), inputs, strict=False), self.profile)
         done = [node.kwargs["layer"] for node in program.graph.nodes if "masked_moe" in str(node.target)]
         self.executed = [
             count + (layer.name in done)
             for count, layer in zip(self.executed, self.profile.layers, strict=True)
         ]
-        return program.module()(**inputs, use_cache=False)
+        return program.module()(**inputs)
 
 
 def _export(model: nn.Module, profile: Profile, _: Any) -> Any:
