@@ -42,7 +42,8 @@ from modes_fx.passes.dataflow import (
 from modes_fx.passes.find_blocks import Experts
 
 TOKENS = 16
-EXPERTS = 8
+# As many experts as are chosen from, fewer where they are large: their weights are copied to float64.
+EXPERTS, COPIED = 8, 1 << 26
 # Of the first product: activations differ most around one, and their limits show beyond ten.
 SIZES = (1.0, 12.0)
 
@@ -108,7 +109,7 @@ def prove(
         tokens = hint(size)
     except Mismatch as reason:
         return Proof(math.inf, 0.0, failure=str(reason))
-    with torch.no_grad(), unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), unset_fake_temporarily():
         real = {parameter: tensor.detach() for parameter, tensor in real.items()}
         try:
             return _prove(block, rewritten, modality, real, constants, min(TOKENS, tokens))
@@ -133,22 +134,20 @@ def _prove(
 ) -> Proof:
     # Each modality below and above its threshold; with two slots both sides are in one token.
     rounds = math.ceil((3 if block.top_k > 1 else 6) / tokens)
+    some = _Some(block, real)
     proofs = [
         proof
         for first in range(0, rounds * tokens, tokens)
-        for proof in _compare(_given(block, real, constants, tokens, first), rewritten, modality)
+        for proof in _compare(_given(block, some, constants, tokens, first), rewritten, modality)
     ]
     # A NaN compares with nothing, and is the worst of all.
     return max(proofs, key=lambda proof: math.inf if math.isnan(proof.error) else proof.error - proof.allowed)
 
 
-def _given(
-    block: Experts, real: Mapping[Node, Tensor], constants: Constants, tokens: int, first: int
-) -> "_Given":
+def _given(block: Experts, some: "_Some", constants: Constants, tokens: int, first: int) -> "_Given":
     """Inputs as large as the dtype bears."""
     for shrink in (0, 4, 8, 12):
-        torch.manual_seed(first)
-        given = _Given(block, real, constants, tokens, first, 2.0**-shrink)
+        given = _Given(block, some, constants, tokens, first, 2.0**-shrink)
         if given.low.isfinite().all():
             break
     return given
@@ -156,7 +155,7 @@ def _given(
 
 def _compare(given: "_Given", rewritten: Node, modality: Node) -> Iterator[Proof]:
     block, tokens = given.block, len(given.hidden)
-    values = {**given.real, **given.inputs(given.weights), modality: given.modality}
+    values = {**given.some.real, **given.inputs(given.weights), modality: given.modality}
     near = {**values, **given.inputs(given.near)}
     want = _run(block, block.output, values, tokens)
     got = _run(block, rewritten, values, tokens, **_EVERYTHING)
@@ -165,8 +164,8 @@ def _compare(given: "_Given", rewritten: Node, modality: Node) -> Iterator[Proof
     kept = given.specification(torch.float64, given.near, {})
     # The band is for where the low-precision specification is exact by luck; products add up in float32 in
     # whatever order, and there rounding errors grow like the root of the length.
-    length = max(given.real[block.gate_up].shape[1:])
-    band = 4 * torch.finfo(given.dtype).eps + 16 * torch.finfo(torch.float32).eps * math.sqrt(length)
+    length = max(given.some.real[block.gate_up].shape[1:])
+    band = 4 * torch.finfo(given.some.dtype).eps + 16 * torch.finfo(torch.float32).eps * math.sqrt(length)
     for size in given.sizes.unique():
         rows = given.sizes == size
         allowed = 2 * _error(given.low[rows], exact[rows]) + band
@@ -183,6 +182,23 @@ def _error(result: Tensor, truth: Tensor) -> float:
 _EVERYTHING = {"tau_text": -math.inf, "tau_vision": -math.inf}
 
 
+class _Some:
+    """Some of a block's experts, in the model's own dtype and in float64, copied once for all rounds."""
+
+    def __init__(self, block: Experts, real: Mapping[Node, Tensor]) -> None:
+        self.real = real
+        gate_up = real[block.gate_up]
+        self.dtype, self.device = gate_up.dtype, gate_up.device
+        number = max(block.top_k, min(EXPERTS, COPIED // gate_up[0].numel(), block.num_experts))
+        order = torch.randperm(block.num_experts, generator=torch.Generator().manual_seed(0))
+        self.ids = order[:number].to(self.device)
+        parameters = (block.gate_up, block.down, block.gate_up_bias, block.down_bias)
+        own = [None if parameter is None else real[parameter][self.ids] for parameter in parameters]
+        self.weights = {None: own, torch.float64: [None if w is None else w.double() for w in own]}
+        # Root mean square of the first product's weights.
+        self.size = self.weights[torch.float64][0].pow(2).mean().sqrt().clamp(min=1e-30).float()  # type: ignore[union-attr]
+
+
 class _Given:
     """Random inputs of a block, and what the specification makes of them.
 
@@ -194,31 +210,28 @@ class _Given:
     def __init__(
         self,
         block: Experts,
-        real: Mapping[Node, Tensor],
+        some: _Some,
         constants: Constants,
         tokens: int,
         first: int,
         shrink: float,
     ) -> None:
-        self.block, self.real, self.constants = block, real, constants
-        gate_up = real[block.gate_up]
-        self.dtype = gate_up.dtype
-        device = gate_up.device
+        self.block, self.some, self.constants = block, some, constants
+        device = some.device
+        # A generator of its own, on the CPU: nobody's random numbers change, on no device.
+        generator = torch.Generator().manual_seed(first)
         number = torch.arange(first, first + tokens, device=device)
         self.modality = (number % 3).to(torch.uint8)
         self.sizes = number.new_tensor(SIZES, dtype=torch.float32)[number % 2] * shrink
-        self.chosen = torch.randperm(block.num_experts)[: max(EXPERTS, block.top_k)].to(device)
         width = shape_of(block.hidden)[1]
-        size = gate_up[self.chosen].double().pow(2).mean().sqrt().clamp(min=1e-30)
-        hidden = (
-            torch.randn(tokens, width, device=device)
-            * (self.sizes / (size.float() * math.sqrt(width)))[:, None]
-        )
+        hidden = torch.randn(tokens, width, generator=generator).to(device)
+        hidden *= (self.sizes / (some.size * math.sqrt(width)))[:, None]
         self.hidden = hidden.to(dtype_of(block.hidden))
-        self.local = torch.rand(tokens, len(self.chosen), device=device).topk(block.top_k).indices
-        self.experts = self.chosen[self.local]
+        order = torch.rand(tokens, len(some.ids), generator=generator).to(device)
+        self.local = order.topk(block.top_k).indices
+        self.experts = some.ids[self.local]
         dtype = dtype_of(block.weights)
-        random = torch.rand(tokens, block.top_k, device=device) * 0.9 + 0.1
+        random = torch.rand(tokens, block.top_k, generator=generator).to(device) * 0.9 + 0.1
         self.weights = random.to(dtype)
         # Where a threshold is no weight that a router gives, any weight will do.
         theta = torch.tensor(constants.thresholds(), device=device)[self.modality.int()][:, None]
@@ -239,17 +252,13 @@ class _Given:
     ) -> Tensor:
         """`reference` in `dtype` (None: the model's own), `[T, H]`, float64."""
         block = self.block
-        parameters = [
-            None if parameter is None else self.real[parameter][self.chosen].to(dtype or self.dtype)
-            for parameter in (block.gate_up, block.down, block.gate_up_bias, block.down_bias)
-        ]
         return reference(
-            self.hidden.to(dtype or self.dtype),
+            self.hidden.to(dtype or self.some.dtype),
             weights,
             weights if dtype is None else weights.to(dtype),
             self.local,
             self.modality,
-            *parameters,  # type: ignore[arg-type]
+            *self.some.weights[dtype],  # type: ignore[arg-type]
             **{**vars(self.constants), **thresholds},
             activation=block.activation,
             interleaved=block.interleaved,
