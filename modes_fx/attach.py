@@ -23,6 +23,7 @@ from modes_fx import call_modality as calls
 from modes_fx.backend import raise_recompile_limit
 from modes_fx.blocks import Block, find_blocks, is_experts, unwrap
 from modes_fx.call_rows import argument, enclosing_modules, find_rows, is_inside, with_argument
+from modes_fx.embeddings import EmbeddingTable
 from modes_fx.errors import ModesError, RewriteError
 from modes_fx.kernels.masked_moe import masked_moe
 from modes_fx.passes.find_blocks import Declined
@@ -31,7 +32,6 @@ from modes_fx.passes.prove import Constants, prove
 from modes_fx.passes.skip_experts import build
 from modes_fx.passes.unit import Unit, is_token_embedding
 from modes_fx.profile import Layer, Profile, fingerprint
-from modes_fx.runtime import EmbeddingTable
 
 IMPLEMENTATION = "modes_fx"
 # Where an experts module keeps its constants; no tensor, so that no state dict holds it.

@@ -30,6 +30,7 @@ from modes_fx.passes.unit import (
     FROM_ARGUMENTS,
     FROM_EMBEDDINGS,
     FROM_OTHER_GRAPH,
+    NOT_IN_PROFILE,
     UNKNOWN,
     Fingerprints,
     Unit,
@@ -175,7 +176,7 @@ class Backend:
             if block.rewritten:
                 continue
             name = block.layer or "a block"
-            if block.reason == "its router is not in the profile":
+            if block.reason == NOT_IN_PROFILE:
                 raise ProfileError(
                     "The profile was made for another model: a block of this one has a router that is "
                     f"not among the profile's {len(self.profile.layers)}. Calibrate this model, or pass the "

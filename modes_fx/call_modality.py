@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from modes_fx.call_rows import Enclosing, values_of_rows
+from modes_fx.embeddings import EmbeddingTable
 from modes_fx.kernels.rows_modality import row_keys, rows_modality
 from modes_fx.modality import OTHER, token_modality
-from modes_fx.runtime import EmbeddingTable
 
 _library = torch.library.Library("modes_fx", "FRAGMENT")
 # A CUDA graph would replay the first call's modality.

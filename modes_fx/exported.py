@@ -10,12 +10,12 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import GraphModule, Node
 
+from modes_fx.embeddings import EmbeddingTable
 from modes_fx.errors import ProfileError, RewriteError
 from modes_fx.passes import PIPELINE, run_passes
 from modes_fx.passes.provide_modality import MODALITY, TABLE_KEYS, TABLE_MODALITY
 from modes_fx.passes.unit import NOT_IN_PROFILE, Unit, is_token_embedding
 from modes_fx.profile import Profile
-from modes_fx.runtime import EmbeddingTable
 
 
 def rewrite(

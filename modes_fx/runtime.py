@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modes_fx.calls import is_marked, mark, running_modules
-from modes_fx.embeddings import EmbeddingTable as EmbeddingTable
+from modes_fx.embeddings import EmbeddingTable
 from modes_fx.errors import RewriteError
 from modes_fx.lowering import Compiled
 from modes_fx.modality import OTHER, VISION, token_modality
