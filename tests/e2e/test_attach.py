@@ -21,7 +21,7 @@ GENERATE = {
 # Families of decorated experts that cannot skip, and why.
 DECLINED = {
     "diffusion_gemma": "may be given other tokens",
-    "muse_spark": "should be one combine",
+    "muse_spark": "should be one sum over slots",
 }
 
 
