@@ -90,8 +90,8 @@ class Alone(Exception):
 class Block:
     """A value of each program of the batch: the sum, or the conjunction, of `terms`.
 
-    A term has the batch as its first axis, then those of `shape`; along an axis of size 1 it is constant. There
-    are none where the elements are not known. `memory` is what a pointer points into.
+    A term has the batch as its first axis, then those of `shape`; along an axis of size 1 it is constant.
+    There are none where the elements are not known. `memory` is what a pointer points into.
     """
 
     def __init__(
@@ -569,7 +569,7 @@ def _cause(error: BaseException) -> BaseException:
 
 @contextmanager
 def counting() -> Iterator[list[Launch]]:
-    """Count what is launched inside, in order. Outputs of 16 bits are not set, since they are not computed."""
+    """Count what is launched inside, in order. Outputs of 16 bits are not set, for lack of being computed."""
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("Triton was imported before bench/counting.py; set TRITON_INTERPRET=1 first.")
     launches: list[Launch] = []
