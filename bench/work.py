@@ -7,7 +7,7 @@ Widths are the models' own; nothing is computed, see counting.py.
 """
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from counting import Launch, counting  # before anything that imports Triton
@@ -115,12 +115,12 @@ def by_argument(counts: Counts) -> str:
 def plain(counts: Counts) -> dict[str, Any]:
     layer, tokens, skip = counts.case
     ratios = {name: getattr(counts, name) for name in ("flop_ratio", "byte_ratio", "distinct_ratio")}
-    launches = [asdict(launch) for launch in counts.launches]
+    launches = [vars(launch) for launch in counts.launches]
     return {
         "model": layer.model,
         "tokens": tokens,
         "skip": skip,
-        "needed": asdict(counts.needed),
+        "needed": vars(counts.needed),
         "ratios": {name: round(value, 4) for name, value in ratios.items()},
         "launches": launches,
     }

@@ -1,5 +1,7 @@
 """The least work of a call, and what the ratios over it mean."""
 
+import json
+
 import pytest
 import torch
 import triton
@@ -44,7 +46,8 @@ def test_ratios_are_over_the_needed():
     assert counts.total.programs >= counts.total.working > 0
     cells = row(counts)
     assert cells[2] == "40" and cells[-1] == str(len(counts.launches))
-    assert plain(counts)["launches"][-1]["kernel"] == counts.launches[-1].kernel
+    written = json.loads(json.dumps(plain(counts)))
+    assert written["launches"][-1]["stored"] == counts.launches[-1].stored
     assert f"loaded {next(iter(counts.launches[0].loaded))}" in by_argument(counts)
 
 
