@@ -1,9 +1,12 @@
 """A formula as a Triton function: `gate` and `up`, or `x`, float32 in and out.
 
-    silu(gate) * up   ->   def formula_8e2f1c...(gate, up):
+    silu(gate) * up   ->   def formula(gate, up):
                                v0 = gate * tl.sigmoid(gate)
                                v1 = v0 * up
                                return v1
+
+Kernels call it as a global, not as an argument: Inductor writes a kernel down as source, into which it copies
+the functions that the kernel's globals name, and an argument that is a function would be lost.
 
 Only what Triton's interpreter has too is used, so no library calls. A step is off by about 1e-6 at most, of
 its result or of 1, whichever is more.
@@ -13,6 +16,7 @@ import functools
 import hashlib
 import linecache
 import math
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -58,15 +62,25 @@ def compile_formula(formula: Formula) -> Any:
     """A `triton.jit` function of the formula's variables, to be called by a kernel; one for each formula."""
     lines = [f"    v{i} = {_write(*step)}" for i, step in enumerate(formula.steps)]
     body = "\n".join([*lines, f"    return {formula.result}"])
-    # Triton knows functions by their names, and keeps what it compiled on disk under a hash of their source.
-    name = f"formula_{hashlib.sha256(body.encode()).hexdigest()[:16]}"
-    source = f"def {name}({', '.join(formula.variables)}):\n{body}\n"
+    source = f"def formula({', '.join(formula.variables)}):\n{body}\n"
     # Triton reads the source of a function with `inspect`, which asks `linecache`.
-    file = f"<{name}>"
+    file = f"<formula_{hashlib.sha256(source.encode()).hexdigest()[:16]}>"
     linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
     scope: dict[str, Any] = {"tl": tl, "__name__": __name__}
     exec(compile(source, file, "exec"), scope)
-    return triton.jit(scope[name])
+    return triton.jit(scope["formula"])
+
+
+@functools.cache
+def with_formula(kernel: Any, formula: Formula) -> Any:
+    """The same kernel with another `formula` among its globals; one for each pair of arguments."""
+    fn = kernel.fn
+    scope = {**fn.__globals__, "formula": compile_formula(formula)}
+    copy = FunctionType(fn.__code__, scope, fn.__name__, fn.__defaults__, fn.__closure__)
+    copy = functools.update_wrapper(copy, fn)
+    # `update_wrapper` points at the original, which `inspect` would follow.
+    del copy.__wrapped__
+    return triton.jit(copy)
 
 
 def _write(function: str, args: tuple[str | float, ...]) -> str:

@@ -1,0 +1,111 @@
+"""Builds C++ of this package with the compiler that torch.compile needs on a CPU too, and keeps what it built.
+
+A library is kept under a hash of its source, the compiler and the flags, beside Inductor's own cache. Nothing
+is built or loaded before the first call that needs it.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "native"
+# Exceptions to nothing: NaN and infinity keep their meaning, only errno and traps are given up.
+_FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+_INSTRUCTIONS = {
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+    "AVX2": ["-mavx2", "-mfma"],
+}
+_MATRIX_UNIT = ["-mamx-tile", "-mamx-bf16"]
+
+
+class BuildError(RuntimeError):
+    """A library cannot be built here; the message says why."""
+
+
+@functools.cache
+def load(source: str) -> ctypes.CDLL:
+    """Compile `source`, or take what was compiled before, and load it.
+
+    Args:
+        source: C++, which may include the files of `kernels/native`.
+
+    Raises:
+        BuildError: There is no compiler, or it fails.
+    """
+    command = [*compiler(), *_FLAGS, *instructions()]
+    digest = hashlib.sha256("\0".join([source, *command, version(tuple(compiler()))]).encode())
+    for header in sorted(SOURCES.glob("*.h")):
+        digest.update(header.read_bytes())
+    library = cache_folder() / f"{digest.hexdigest()[:32]}.so"
+    if not library.exists():
+        _compile(command, source, library)
+    return ctypes.CDLL(str(library))
+
+
+def _compile(command: list[str], source: str, library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its final place, so that renaming is atomic: another process sees all of it or nothing.
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        main, built = Path(folder, "main.cpp"), Path(folder, "built.so")
+        main.write_text(source)
+        # A compiler may come without OpenMP (Apple's does); then one thread does all.
+        for openmp in (["-fopenmp"], []):
+            done = subprocess.run(
+                [*command, *openmp, f"-I{SOURCES}", str(main), "-o", str(built)],
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode == 0:
+                os.replace(built, library)
+                return
+    raise BuildError(f"{shlex.join(command)} failed: {done.stderr.strip()[:2000]}")
+
+
+@functools.cache
+def compiler() -> list[str]:
+    """The command that compiles C++: $CXX, or the first of g++, clang++ and c++ that is installed."""
+    if sys.platform == "win32":
+        raise BuildError("the native kernel is not built on Windows.")
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    for name in names:
+        command = shlex.split(name)
+        if shutil.which(command[0]):
+            return command
+    raise BuildError(f"no C++ compiler was found (looked for {', '.join(names)}).")
+
+
+@functools.cache
+def version(command: tuple[str, ...]) -> str:
+    return subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+
+
+def instructions() -> list[str]:
+    """Flags for the instruction set that torch itself uses here; ATEN_CPU_CAPABILITY lowers both."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" and has_matrix_unit():
+        return _INSTRUCTIONS[capability] + _MATRIX_UNIT
+    return _INSTRUCTIONS.get(capability, [])
+
+
+@functools.cache
+def has_matrix_unit() -> bool:
+    """The CPU multiplies bfloat16 in tiles (AMX), and the operating system lets this process do so."""
+    return bool(torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
+
+
+def cache_folder() -> Path:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir(), "modes_fx")
