@@ -132,6 +132,10 @@ def _many_tokens(call: Call) -> Tensor:
 
     inner = hidden.new_empty(num_pairs, call.intermediate_size)
     tile = tiles.gate_up
+    interleaved = call.interleaved and call.formula.is_gated
+    if interleaved:
+        # Gates and ups in one product, which then has as many rows as each of the two has elsewhere.
+        tile = tile._replace(block_w=tile.block_w // 2)
     num_tiles = max_tiles(num_pairs, num_experts, tile.widths[-1])
     kernel = with_formula(_gate_up_kernel, call.formula)
     kernel[(num_tiles * triton.cdiv(call.intermediate_size, tile.block_w),)](
@@ -149,7 +153,7 @@ def _many_tokens(call: Call) -> Tensor:
         H=hidden.shape[1],
         I=call.intermediate_size,
         GATED=call.formula.is_gated,
-        INTERLEAVED=call.interleaved and call.formula.is_gated,
+        INTERLEAVED=interleaved,
         WIDTHS=tile.widths,
         **experts,
         **_options(hidden, tile),

@@ -10,6 +10,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from modes_fx.kernels import _masked_moe_triton as lowering
 from modes_fx.kernels._gate_formula_triton import STEPS, compile_formula
 from modes_fx.kernels.gate_formula import FUNCTIONS, OPERATORS, parse
+from modes_fx.kernels._masked_moe_tiles import TABLE, choose_class, is_decode, max_tiles
 from modes_fx.kernels.masked_moe import OTHER, Call, _cuda, keep_mask
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -45,9 +46,40 @@ def run(problem):
 
 
 def dispatch(scores, experts, modality, num_experts, alpha=1.0, tau=0.0, weights=None, renormalise=False):
-    weights = scores if weights is None else weights
-    inputs = [None if x is None else x.to(DEVICE) for x in (scores, weights, experts, modality)]
-    return lowering.dispatch(*inputs, num_experts, alpha, alpha, tau, tau, renormalise)
+    inputs = [scores, scores if weights is None else weights, experts, modality]
+    call = Call(
+        torch.empty(len(scores), 1, device=DEVICE),
+        *(None if x is None else x.to(DEVICE) for x in inputs),
+        torch.empty(num_experts, 2, 1, device=DEVICE),
+        torch.empty(num_experts, 1, 1, device=DEVICE),
+        alpha_text=alpha,
+        alpha_vision=alpha,
+        tau_text=tau,
+        tau_vision=tau,
+        renormalise=renormalise,
+    )
+    call.check()
+    return lowering.dispatch(call)
+
+
+@pytest.fixture(params=[33, 9], ids=["many-tokens", "few-tokens"])
+def typical(request, typical):
+    """For either path."""
+    return typical._replace(tokens=request.param)
+
+
+@pytest.fixture
+def run_both_ways(monkeypatch):
+    """The results of the path that a call takes and, where that is the one for few tokens, of the other."""
+
+    def results(problem):
+        yield run(problem)
+        if is_decode(*problem["scores"].shape):
+            monkeypatch.setattr(lowering, "is_decode", lambda *_: False)
+            yield run(problem)
+            monkeypatch.undo()
+
+    return results
 
 
 # Dispatch.
@@ -113,25 +145,27 @@ def test_renormalised_weights_have_the_mass_of_all_slots():
 def test_no_routing_needs_more_tiles_than_the_grid_has():
     for num_pairs in range(1, 70):
         for num_experts in range(1, 9):
-            for rows in (16, 64):
+            for width in (16, 64):
                 # The worst routing leaves one pair on each expert but one.
                 alone = min(num_experts, num_pairs) - 1
-                worst = alone + triton.cdiv(num_pairs - alone, rows)
-                assert worst <= lowering.max_tiles(num_pairs, num_experts, rows) <= num_pairs
+                worst = alone + triton.cdiv(num_pairs - alone, width)
+                assert worst <= max_tiles(num_pairs, num_experts, width) <= num_pairs
 
 
 # The whole lowering.
 
 
-def test_matches_the_reference(case, make_problem, assert_within_budget):
+def test_matches_the_reference(case, make_problem, assert_within_budget, run_both_ways):
     problem = make_problem(case)
-    assert_within_budget(run(problem), problem)
+    for result in run_both_ways(problem):
+        assert_within_budget(result, problem)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_matches_the_reference_in_16_bits(case, dtype, make_problem, assert_within_budget):
+def test_matches_the_reference_in_16_bits(case, dtype, make_problem, assert_within_budget, run_both_ways):
     problem = make_problem(case, dtype)
-    assert_within_budget(run(problem), problem)
+    for result in run_both_ways(problem):
+        assert_within_budget(result, problem)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -153,9 +187,12 @@ def test_reads_views_where_they_lie(typical, make_problem, assert_within_budget)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_computes_every_kind_of_expert(small, layout, dtype, make_problem, assert_within_budget):
+def test_computes_every_kind_of_expert(
+    small, layout, dtype, make_problem, assert_within_budget, run_both_ways
+):
     problem = make_problem(small, dtype, **layout)
-    assert_within_budget(run(problem), problem)
+    for result in run_both_ways(problem):
+        assert_within_budget(result, problem)
 
 
 def test_a_kept_pair_of_weight_zero_still_has_its_biases(typical, make_problem, assert_within_budget):
@@ -260,9 +297,10 @@ def test_with_zero_thresholds_nothing_is_dropped(typical, make_problem):
 def test_never_asks_the_device_for_a_value(case, make_problem, monkeypatch):
     """Meta tensors have no values, so that anything that would wait for the device raises."""
     launched = []
-    kernel_type = type(lowering._combine_kernel)
+    kernel_type = type(lowering._down_kernel)
     monkeypatch.setattr(kernel_type, "run", lambda self, *_args, **_kwargs: launched.append(self))
     problem = make_problem(case)
     meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in problem.items()}
     assert _cuda(**meta).shape == problem["hidden"].shape
-    assert len(launched) == (6 if case.tokens else 0)
+    num_launches = 2 if lowering.is_decode(case.tokens, case.slots) else 6
+    assert len(launched) == (num_launches if case.tokens else 0)
