@@ -42,18 +42,17 @@ class Case(NamedTuple):
 CASES = [Case(*item) for item in ((layer, t, s) for layer in LAYERS for t in TOKENS for s in SKIPS)]
 
 
-def make_call(case: Case, device: str = "cpu", *, random: bool = False) -> Call:
+def make_call(case: Case, device: str = "cpu") -> Call:
     """A call in bfloat16 with uniform routing that keeps `1 - skip` of the pairs, rounded, and at least one.
 
     Scores are a random order of all pairs, so the dropped ones lie anywhere. Hidden states and weights of
-    experts are uninitialised unless `random`.
+    experts are uninitialised.
     """
     layer, tokens, skip = case
     g = torch.Generator().manual_seed(0)
 
     def wide(*shape: int) -> torch.Tensor:
-        made = torch.empty(shape, dtype=torch.bfloat16, device=device)
-        return made.normal_().mul_(shape[-1] ** -0.5) if random else made
+        return torch.empty(shape, dtype=torch.bfloat16, device=device)
 
     experts = torch.rand(tokens, layer.experts, generator=g).topk(layer.slots).indices
     num_pairs = tokens * layer.slots
