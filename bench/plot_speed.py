@@ -1,0 +1,113 @@
+"""The picture of a record: speed-up against skip rate, with the limit drawn in.
+
+    python bench/plot_speed.py bench/results/speed.json
+
+One panel for each table that has several skip rates; in the families of blocks, two numbers of tokens each. A
+line is the time of unmodified `grouped_mm` over the time of what the line is for, pass by pass.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from report import LIMITS, OURS, tables
+
+_BASE = {"block": "grouped_mm", "model": "grouped_mm, compiled"}
+# (peer, label, colour, style), drawn where it was timed; the limit is the slower of those that were.
+_LINES = (
+    ("eager, dropped", "eager, dropped ids", "#c2452d", "-"),
+    ("grouped_mm, compiled, dropped", "compiled grouped_mm, dropped ids", "#d9812b", "-"),
+    ("batched_mm, compiled", "compiled batched_mm", "#8a6fb0", "-"),
+    ("kt-kernel", "kt-kernel", "#4f9d69", "-"),
+    ("grouped_mm, zeroed", "grouped_mm, zeroed weights", "#888888", ":"),
+)
+_TOKENS = (1, 8, 1024, 4096, 512)
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Draw a record, as a PNG or whatever the suffix says."""
+    # Not pyplot: it keeps global state and may look for a display.
+    from matplotlib.figure import Figure
+
+    chosen = [
+        table
+        for table in tables(record["entries"])
+        if len(table) > 1 and (table[0]["case"]["tokens"] in _TOKENS)
+    ]
+    if not chosen:
+        return
+    columns = min(4, len(chosen))
+    rows = -(-len(chosen) // columns)
+    figure = Figure(figsize=(4.1 * columns, 3.3 * rows + 0.7), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel, table in zip(panels, chosen, strict=False):
+        _panel(panel, table)
+    for panel in panels[len(chosen) :]:
+        panel.set_visible(False)
+    handles: dict[str, Any] = {}
+    for panel in panels:
+        lines, labels = panel.get_legend_handles_labels()
+        handles |= dict(zip(labels, lines, strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def _panel(panel: Any, table: Sequence[dict[str, Any]]) -> None:
+    case = table[0]["case"]
+    base = _BASE[case["kind"]]
+    limits = [name for name in LIMITS if name in table[0]["ms"]]
+    lines = [(OURS, OURS, "#2457a6", "-"), *_LINES]
+    for name, label, colour, style in lines:
+        points = [
+            (100 * entry["skip"], [entry["ms"][base][1] / value for value in reversed(entry["ms"][name])])
+            for entry in table
+            if name in entry["ms"] and base in entry["ms"]
+        ]
+        if points:
+            _line(panel, points, label, colour, style, width=2.2 if name == OURS else 1.2)
+    if limits and all(base in entry["ms"] for entry in table):
+        slower = [
+            (100 * entry["skip"], [entry["ms"][base][1] / max(entry["ms"][name][1] for name in limits)] * 3)
+            for entry in table
+        ]
+        _line(panel, slower, "limit (dense product, pure read, no experts)", "#000000", "--", width=1.2)
+    panel.axhline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
+    panel.set_yscale("log", base=2)
+    panel.yaxis.set_major_formatter("{x:g}")
+    cpu = "" if case["cpu"] == "native" else ", AVX2 only"
+    panel.set_title(
+        f"{case['family']}, {case['tokens']} tok., hidden {case['hidden']}, {case['dtype']}{cpu}",
+        fontsize=8.5,
+    )
+    panel.set_xlabel("dropped pairs (%)", fontsize=8)
+    panel.set_ylabel(f"times {base}", fontsize=8)
+    panel.tick_params(labelsize=8)
+
+
+def _line(
+    panel: Any,
+    points: Sequence[tuple[float, Sequence[float]]],
+    label: str,
+    colour: str,
+    style: str,
+    width: float,
+) -> None:
+    xs = [x for x, _ in points]
+    low, middle, high = zip(*(values for _, values in points), strict=True)
+    panel.plot(xs, middle, style, color=colour, label=label, linewidth=width, marker=".", markersize=5)
+    panel.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--output", type=Path, help="default: beside the record, as .png")
+    arguments = parser.parse_args()
+    record = json.loads(arguments.record.read_text())
+    plot(record, arguments.output or arguments.record.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
