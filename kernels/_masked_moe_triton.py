@@ -23,12 +23,12 @@ from torch import Tensor
 
 from modes_fx.kernels._gate_formula_triton import with_formula
 from modes_fx.kernels._masked_moe_tiles import (
-    TABLE,
     Tile,
     architecture,
-    choose_class,
+    choose_tiles,
     is_decode,
     max_tiles,
+    tiles_for_few_tokens,
 )
 from modes_fx.kernels._masked_moe_triton_decode import (
     MAX_PAIRS,
@@ -62,9 +62,7 @@ def _few_tokens(call: Call) -> Tensor:
     hidden, num_tokens = call.hidden, call.hidden.shape[0]
     num_pairs = call.scores.numel()
     gate_up, down = _weights(call)
-    tiles = TABLE[
-        architecture(hidden.device), "decode float32" if hidden.dtype == torch.float32 else "decode"
-    ]
+    tiles = tiles_for_few_tokens(architecture(hidden.device), hidden.dtype)
     ints: dict[str, Any] = {"dtype": torch.int32, "device": hidden.device}
     inner = hidden.new_empty(num_pairs, call.intermediate_size)
     count, listed = torch.empty(1, **ints), torch.empty(num_pairs, **ints)
@@ -123,10 +121,9 @@ def _many_tokens(call: Call) -> Tensor:
     hidden = call.hidden
     num_tokens, num_slots = call.scores.shape
     num_pairs, num_experts = num_tokens * num_slots, call.gate_up.shape[0]
-    sizes = hidden.shape[1], call.intermediate_size, call.output_size
     gate_up, down = _weights(call)
-    kind = choose_class(hidden.dtype, num_pairs, num_experts, *sizes)
-    tiles = TABLE[architecture(hidden.device), kind]
+    sizes = hidden.shape[1], call.intermediate_size, call.output_size
+    tiles = choose_tiles(architecture(hidden.device), hidden.dtype, num_pairs, num_experts, *sizes)
     experts = {"E": num_experts, "POW2_E": triton.next_power_of_2(num_experts)}
     pairs = dispatch(call)
 

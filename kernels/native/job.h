@@ -73,7 +73,7 @@ class Job {
     for (i64 i = begin; i < end; i += COLUMNS) {
       // The last tile reaches back over columns that are there already.
       const i64 at = std::min(i, a_.inner_size - COLUMNS), next = i + COLUMNS;
-      const Ahead<Element> ahead = {next < end ? gate_up_weights(next) : down_weights(0), 0, ROWS};
+      const Ahead ahead = next < end ? ahead_of(gate_up_weights(next)) : ahead_of(down_weights(0));
       multiply(
           gate_up_weights(at), a_.hidden_size, x_tokens_, ahead, scratch,
           [&](i64 panel, auto& sums) {
@@ -105,7 +105,7 @@ class Job {
     const i64 stride = a_.output_size;
     for (i64 i = begin; i < end; i += ROWS) {
       const i64 h = std::min(i, a_.output_size - ROWS);
-      const Ahead<Element> ahead = {down_weights(i + ROWS), 0, i + ROWS < end ? ROWS : 0};
+      const Ahead ahead = i + ROWS < end ? ahead_of(down_weights(i + ROWS)) : Ahead();
       multiply(
           down_weights(h), a_.inner_size, y_tokens_, ahead, scratch,
           [&](i64 panel, auto& sums) {

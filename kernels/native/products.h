@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "vectors.h"
@@ -28,31 +29,41 @@ struct Tokens {
   i64 num_rest;
 };
 
+constexpr i64 STEP = 16;  // values of k between two fetches
+
 // Weights that come next, fetched while the present ones are multiplied: rows of a matrix lie in different
 // pages, and with each page a processor's own prefetching starts anew.
-template <class T>
 struct Ahead {
-  Weights<T> weights;
-  int begin, end;  // which of the rows
+  const char *first, *second;  // `begin` to `end` of HALF rows from either, `stride` bytes apart
+  i64 stride, element;
+  int begin, end;
 
-  void fetch(i64 k, i64 count) const {
-    for (int r = begin; r < end; r++)
-      for (i64 i = 0; i < count; i += 64 / i64(sizeof(T))) __builtin_prefetch(weights.row(r) + k + i, 0, 2);
+  // The rows of tile `i` of `n`: evenly spread, memory and arithmetic work side by side.
+  Ahead part(i64 i, i64 n) const {
+    return {first, second, stride, element, int(end * i / n), int(end * (i + 1) / n)};
   }
-  // The share of one of several tiles: evenly spread, so that memory and arithmetic work side by side.
-  Ahead share(i64 tile, i64 tiles) const {
-    return {weights, int(end * tile / tiles), int(end * (tile + 1) / tiles)};
+  void fetch(i64 k) const {
+    const i64 at = k * element;
+    if (at % 64 != 0) return;
+    for (int r = begin; r < end; r++) {
+      __builtin_prefetch(first + r * stride + at, 0, 2);
+      __builtin_prefetch(second + r * stride + at, 0, 2);
+    }
   }
 };
-constexpr i64 STEP = 16;
+template <class T>
+static inline Ahead ahead_of(const Weights<T>& w) {
+  const i64 element = sizeof(T);
+  return {(const char*)w.first, (const char*)w.second, w.stride * element, element, 0, HALF};
+}
 
-template <int V, class T>
-static inline void panel_tile(const Weights<float>& w, i64 K, const float* x, i64 panel_size, const Ahead<T>& ahead,
+template <int V>
+static inline void panel_tile(const Weights<float>& w, i64 K, const float* x, i64 panel_size, const Ahead& ahead,
                               vec (&sums)[ROWS][V]) {
   vec acc[ROWS][V] = {};
   const i64 stride = w.stride;
   for (i64 start = 0; start < K; start += STEP) {
-    ahead.fetch(start, STEP);
+    ahead.fetch(start);
     const i64 end = start + STEP < K ? start + STEP : K;
     for (i64 k = start; k < end; k++) {
       const float *first = w.first + k, *second = w.second + k;
@@ -71,14 +82,14 @@ static inline void panel_tile(const Weights<float>& w, i64 K, const float* x, i6
     for (int v = 0; v < V; v++) sums[r][v] = acc[r][v];
 }
 
-template <int M, class T, class U>
-static inline void row_tile(const Weights<T>& w, i64 K, const float* const* x, const Ahead<U>& ahead,
+template <int M, class T>
+static inline void row_tile(const Weights<T>& w, i64 K, const float* const* x, const Ahead& ahead,
                             float (&sums)[M][ROWS]) {
   vec acc[M][ROWS] = {};
   const i64 stride = w.stride;
   i64 k = 0;
   for (; k + LANES <= K; k += LANES) {
-    ahead.fetch(k, LANES);
+    ahead.fetch(k);
     const T *first = w.first + k, *second = w.second + k;
     vec lanes[M];
 #pragma GCC unroll 8
@@ -115,20 +126,20 @@ using Size = std::integral_constant<int, N>;
 // Multiply ROWS weight rows with all tokens of a task: `panels_out(first panel, sums[ROWS][V])` and
 // `rows_out(first row, sums[M][ROWS])` take the products. `scratch`: [ROWS, K].
 template <class T, class PanelsOut, class RowsOut>
-static inline void multiply(const Weights<T>& w, i64 K, const Tokens& x, const Ahead<T>& ahead, float* scratch,
+static inline void multiply(const Weights<T>& w, i64 K, const Tokens& x, const Ahead& ahead, float* scratch,
                             PanelsOut panels_out, RowsOut rows_out) {
   const i64 tiles = (x.num_panels + PANELS_AT_ONCE - 1) / PANELS_AT_ONCE + (x.num_rest + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
   i64 tile = 0;
   // The tile's size is an argument's type, since a lambda of C++17 takes no template arguments.
   auto panels = [&](const Weights<float>& wide, i64 v, auto size) {
     vec sums[ROWS][size()];
-    panel_tile<size()>(wide, K, x.panels + v * x.panel_size, x.panel_size, ahead.share(tile++, tiles), sums);
+    panel_tile<size()>(wide, K, x.panels + v * x.panel_size, x.panel_size, ahead.part(tile++, tiles), sums);
     panels_out(v, sums);
     return v + size();
   };
   auto rows = [&](const auto& weights, i64 t, auto size) {
     float sums[size()][ROWS];
-    row_tile<size()>(weights, K, x.rest + t, ahead.share(tile++, tiles), sums);
+    row_tile<size()>(weights, K, x.rest + t, ahead.part(tile++, tiles), sums);
     rows_out(t, sums);
     return t + size();
   };

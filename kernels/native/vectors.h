@@ -110,12 +110,14 @@ static inline void sum_lanes(const vec (&rows)[ROWS], float (&sums)[ROWS]) {
   for (int n = ROWS / 2; n > 0; n /= 2)
 #pragma GCC unroll 8
     for (int i = 0; i < n; i++) v[i] = zip_low(v[i], v[i + n]) + zip_high(v[i], v[i + n]);
-  float lanes[LANES];
-  store(lanes, v[0]);
-  for (int i = 0; i < ROWS; i++) {
-    sums[i] = lanes[i];
-    for (int j = i + ROWS; j < LANES; j += ROWS) sums[i] += lanes[j];
-  }
+#if defined(__AVX2__)  // two sums of each row are left, half a vector apart
+  memcpy(sums, &v[0], sizeof sums);
+  float others[ROWS];
+  memcpy(others, (const float*)&v[0] + ROWS, sizeof others);
+  for (int i = 0; i < ROWS; i++) sums[i] += others[i];
+#else
+  memcpy(sums, &v[0], sizeof sums);
+#endif
 }
 
 // Functions that formulas use, off by about 1e-7 of the result or of 1, whichever is more.
