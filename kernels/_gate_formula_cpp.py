@@ -1,10 +1,10 @@
 """A formula as a C++ function of vectors, float32 in and out; its functions stand in `native/vectors.h`.
 
-    silu(gate) * up   ->   static inline vec formula(vec gate, vec up) {
-                             const vec v0 = v_silu(gate);
-                             const vec v1 = v0 * up;
-                             return v1;
-                           }
+silu(gate) * up   ->   static inline vec formula(vec gate, vec up) {
+                         const vec v0 = v_silu(gate);
+                         const vec v1 = v0 * up;
+                         return v1;
+                       }
 """
 
 import math

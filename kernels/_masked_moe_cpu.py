@@ -26,7 +26,9 @@ def masked_moe_torch(call: Call) -> Tensor:
     Returns:
         `[T, H_out]`, the dtype of `hidden`. The order of summation is fixed, so equal inputs give equal bits.
     """
-    hidden, keep = call.hidden, call.keep()
+    hidden = call.hidden
+    # An index outside of the experts drops its pair, as in the other lowerings.
+    keep = call.keep() & (call.experts >= 0) & (call.experts < call.down.shape[0])
     # A token's slots add up in float32, as in a reduction of the model's own.
     wide = torch.promote_types(hidden.dtype, torch.float32)
     out = hidden.new_zeros(hidden.shape[0], call.output_size, dtype=wide)

@@ -1,4 +1,4 @@
-"""Native lowering of `modes_fx::masked_moe` on a CPU: the C++ of `native/`, compiled for the call's formula."""
+"""Native CPU lowering of `modes_fx::masked_moe`: the C++ of `native/`, compiled for the call's formula."""
 
 import ctypes
 import functools
@@ -65,10 +65,9 @@ def find_kernel(call: Call) -> Kernel | None:
 def masked_moe_native(call: Call, kernel: Kernel) -> Tensor:
     """The result of `masked_moe.reference`; float32 or bfloat16.
 
-    Products are accumulated in float32, and a token's slots are added in it; the weighted output of each pair is
-    rounded to the dtype of `hidden`, and so is, with a matrix unit, the input of `down`. An index outside of
-    `[0, E)` drops its pair. The order of every sum is fixed, so equal inputs give equal bits with any number of
-    threads.
+    Sums are taken in float32; the weighted output of each pair is rounded to the dtype of `hidden`, and so
+    is, with a matrix unit, the input of `down`. An index outside of `[0, E)` drops its pair. The order of
+    every sum is fixed, so equal inputs give equal bits with any number of threads.
     """
     hidden, gate_up, down = call.hidden, call.gate_up, call.down
     num_tokens, num_slots = call.scores.shape

@@ -1,4 +1,4 @@
-"""Builds C++ of this package with the compiler that torch.compile needs on a CPU too, and keeps what it built.
+"""Builds C++ of this package with the compiler that torch.compile needs on a CPU too, and keeps the result.
 
 A library is kept under a hash of its source, the compiler and the flags, beside Inductor's own cache. Nothing
 is built or loaded before the first call that needs it.

@@ -1,4 +1,4 @@
-"""The CPU lowering of `masked_moe` against the specification, and the op against what torch asks of one."""
+"""The CPU lowerings of `masked_moe` against the specification, and the op against what torch asks of one."""
 
 import dataclasses
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modes_fx.kernels._masked_moe_cpu import masked_moe_torch
 from modes_fx.kernels.masked_moe import (
     OTHER,
     TEXT,
     VISION,
     Call,
-    _cpu,
     keep_mask,
     kept_weights,
     masked_moe,
@@ -76,6 +76,7 @@ def test_kept_weights_are_not_renormalised_unless_asked():
 def test_matches_the_reference(case, dtype, make_problem, assert_within_budget):
     problem = make_problem(case, dtype)
     assert_within_budget(masked_moe(**problem), problem)
+    assert_within_budget(masked_moe_torch(Call(**problem)), problem)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -90,6 +91,7 @@ def test_reads_every_layout(typical, bias, interleaved, is_transposed, make_prob
 def test_computes_every_kind_of_expert(small, layout, dtype, make_problem, assert_within_budget):
     problem = make_problem(small, dtype, **layout)
     assert_within_budget(masked_moe(**problem), problem)
+    assert_within_budget(masked_moe_torch(Call(**problem)), problem)
 
 
 def test_a_kept_pair_of_weight_zero_still_has_its_biases(typical, make_problem, assert_within_budget):
@@ -122,7 +124,7 @@ def test_dropped_pairs_are_not_multiplied(case, make_problem):
 
     # A mode sees the op itself, not what is inside; so the lowering is called.
     with CountRows():
-        _cpu(**problem)
+        masked_moe_torch(Call(**problem))
     assert sum(rows) == 2 * Call(**problem).keep().sum()  # gate_up and down
 
 

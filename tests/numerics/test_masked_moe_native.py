@@ -1,0 +1,221 @@
+"""The native CPU kernel on every instruction set of this machine, and what is done without a compiler."""
+
+import ctypes
+import logging
+
+import pytest
+import torch
+
+from modes_fx.kernels import _masked_moe_native as native
+from modes_fx.kernels import _native_build as build
+from modes_fx.kernels._gate_formula_cpp import write_formula
+from modes_fx.kernels._masked_moe_cpu import masked_moe_cpu, masked_moe_torch
+from modes_fx.kernels.gate_formula import FUNCTIONS, SILU, parse
+from modes_fx.kernels.masked_moe import Call, masked_moe
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+EXACT = {"rtol": 0, "atol": 0}
+DTYPES = [torch.float32, torch.bfloat16]
+needs_compiler = pytest.mark.skipif(
+    native.kernel(parse(SILU), torch.float32) is None, reason="no C++ compiler"
+)
+
+
+@pytest.fixture
+def fresh():
+    """Forget which kernels there are, before and after a test that changes how they are built."""
+
+    def forget():
+        for cached in (native.kernel, build.load, build.compiler):
+            cached.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+def instruction_sets():
+    """By name, the flags of each set that this processor has, from the least on."""
+    here = build.instructions()
+    sets = {"none": []}
+    if "-mfma" in here:
+        sets["AVX2"] = build._INSTRUCTIONS["AVX2"]
+    if "-mavx512f" in here:
+        sets["AVX512"] = build._INSTRUCTIONS["AVX512"]
+    sets["all"] = here
+    return sets
+
+
+@pytest.fixture(params=["none", "AVX2", "AVX512", "all"])
+def instructions(request, fresh, monkeypatch):
+    flags = instruction_sets().get(request.param)
+    if flags is None:
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setattr(build, "instructions", lambda: flags)
+    return request.param
+
+
+def run_native(problem):
+    call = Call(**problem)
+    kernel = native.find_kernel(call)
+    assert kernel is not None
+    return native.masked_moe_native(call, kernel)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set_matches_the_reference(
+    instructions, dtype, case, make_problem, assert_within_budget
+):
+    if min(case.intermediate, case.hidden) < native.MIN_COLUMNS:
+        pytest.skip("too narrow for the native kernel")
+    # A matrix unit takes only widths that fill its tiles.
+    for sizes in ({}, {"hidden": 64, "intermediate": 96}):
+        for flags in (
+            {},
+            {"bias": True, "interleaved": True},
+            {"weights_on_input": True, "renormalise": True},
+        ):
+            problem = make_problem(case._replace(**sizes), dtype, **flags)
+            assert_within_budget(run_native(problem), problem)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [*range(1, 36), 47, 48, 49, 95, 96, 97, 200])
+def test_any_number_of_rows_on_an_expert(rows, dtype, typical, make_problem, assert_within_budget):
+    # Every mix of full vectors, vectors with idle lanes, and rows; one task and several.
+    case = typical._replace(tokens=rows, slots=1, experts=1, hidden=64, intermediate=32)
+    problem = make_problem(case, dtype, bias=True) | {"tau_text": 0.0, "tau_vision": 0.0}
+    assert_within_budget(run_native(problem), problem)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 400])
+def test_threads_change_no_bit(tokens, dtype, typical, make_problem):
+    # Over a megabyte for each thread, so that several do run: one task in parts, or tasks side by side.
+    case = typical._replace(tokens=tokens, experts=24, hidden=512, intermediate=96)
+    problem = make_problem(case, dtype) | {"tau_text": 0.0, "tau_vision": 0.0}
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(run_native(problem))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], **EXACT)
+
+
+@needs_compiler
+def test_an_index_outside_the_experts_drops_its_pair(typical, make_problem):
+    problem = make_problem(typical) | {"tau_text": 0.0, "tau_vision": 0.0}
+    outside = problem["experts"].clone()
+    outside[:, 0] = torch.tensor([-1, typical.experts, 10**12]).repeat(len(outside))[: len(outside)]
+    without = problem | {name: problem[name][:, 1:] for name in ("scores", "weights", "experts")}
+    for lowering in (masked_moe_cpu, masked_moe_torch):
+        got, wanted = lowering(Call(**problem | {"experts": outside})), lowering(Call(**without))
+        torch.testing.assert_close(got, wanted, **EXACT)
+
+
+@needs_compiler
+def test_reads_views_where_they_lie(typical, make_problem, assert_within_budget):
+    problem = make_problem(typical, bias=True)
+    views = dict(problem)
+    for name in ("hidden", "gate_up", "down"):
+        # Rows further apart than they are long.
+        views[name] = torch.cat([problem[name], torch.full_like(problem[name], torch.nan)], -1)
+        views[name] = views[name][..., : problem[name].shape[-1]]
+    for name in ("scores", "weights", "experts", "gate_up_bias", "down_bias"):
+        views[name] = torch.stack([problem[name]] * 2, dim=-1)[..., 0]
+        assert not views[name].is_contiguous()
+    assert_within_budget(run_native(views), problem)
+
+
+NUMBERS = ["-x", "x ** 3.0", "x ** -2.0", "x ** 0.5", "x ** 1.7", "x ** 9.0", "x ** 11.0"]
+NUMBERS += [f"x {symbol} 2.5" for symbol in "+-*/"] + [f"-0.7 {symbol} x" for symbol in "+-*/"]
+LIMITS = [f"{name}(x, {limit})" for name in ("clamp_min", "clamp_max") for limit in (-1.5, "inf", "-inf")]
+PAIRS = ["minimum(x, 0.5 * x)", "maximum(x, 0.5 * x)"]
+OTHERS = [f"{name}(x)" for name in FUNCTIONS if name not in ("clamp_min", "clamp_max", "minimum", "maximum")]
+TEXTS = [*NUMBERS, *LIMITS, *PAIRS, *OTHERS]
+
+
+@pytest.fixture(scope="module")
+def apply():
+    """`apply(i, x)`: TEXTS[i] of each value of x. One library holds them all."""
+    lines = ['#include "vectors.h"', "#include <initializer_list>"]
+    for i, text in enumerate(TEXTS):
+        lines.append(f"namespace n{i} {{ {write_formula(parse(text))} }}")
+    lines.append('extern "C" void apply(i64 which, const float* x, float* y, i64 n) {')
+    lines.append("  for (i64 i = 0; i < n; i += LANES) switch (which) {")
+    for i in range(len(TEXTS)):
+        lines.append(f"    case {i}: store(y + i, n{i}::formula(load(x + i), vec{{}})); break;")
+    function = build.load("\n".join([*lines, "  }", "}"])).apply
+    function.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+
+    def apply(i, x):
+        assert len(x) % 16 == 0
+        y = torch.empty_like(x)
+        function(i, x.data_ptr(), y.data_ptr(), len(x))
+        return y
+
+    return apply
+
+
+@needs_compiler
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_function_of_a_formula_is_torchs(text, apply):
+    x = torch.tensor([0.0, 1e-30, 0.3, -0.3, 1.0, -2.0, 2.5, 19.0, -30.0, 88.0, -100.0, 1e18, -1e18])
+    x = torch.cat([x, torch.tensor([torch.inf, -torch.inf, torch.nan]), torch.linspace(-9, 9, 112)])
+    if text == "x ** 1.7":  # by a logarithm, which -inf has none of
+        x = x.where(x != -torch.inf, 1.0)
+    got, wanted = apply(TEXTS.index(text), x), parse(text).evaluate(x.double()).float()
+    # Powers of 1e18 have to be right to many digits before the last step.
+    relative = 5e-6 if "**" in text else 2e-6
+    torch.testing.assert_close(got, wanted, rtol=relative, atol=2e-6, equal_nan=True)
+
+
+# Building.
+
+
+@pytest.mark.parametrize("cxx", ["no-such-compiler", "false"])
+def test_without_a_compiler_torch_does_it_and_one_line_says_so(
+    cxx, fresh, monkeypatch, caplog, tmp_path, typical, make_problem, assert_within_budget
+):
+    monkeypatch.setenv("CXX", cxx)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    problem = make_problem(typical)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert_within_budget(masked_moe(**problem), problem)
+    (line,) = [record.getMessage() for record in caplog.records if "native" in record.name]
+    assert cxx in line and "Set CXX" in line
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_can_be_switched_off(fresh, monkeypatch, caplog, typical, make_problem):
+    monkeypatch.setenv("MODES_FX_NATIVE", "0")
+    assert native.find_kernel(Call(**make_problem(typical))) is None
+    assert not caplog.records
+
+
+@needs_compiler
+def test_builds_once(fresh, monkeypatch, tmp_path, typical, make_problem):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    problem = make_problem(typical)
+    first = run_native(problem)
+    (library,) = tmp_path.rglob("*.so")
+    built = library.stat().st_mtime_ns
+    for cached in (native.kernel, build.load):
+        cached.cache_clear()
+    torch.testing.assert_close(run_native(problem), first, **EXACT)
+    assert [library] == list(tmp_path.rglob("*.so")) and library.stat().st_mtime_ns == built
+    assert [library] == [path for path in library.parent.iterdir()], "something was left behind"
+
+
+def test_a_formula_is_written_as_it_is_read():
+    source = write_formula(parse("same(silu(float32(gate))) * clamp_max(up, 7.0)"))
+    assert "v_silu" in source and "v_clamp_max(up, splat(7.0f))" in source
