@@ -95,6 +95,7 @@ def make_call(problem):
     [
         {},
         {"tokens": 1, "slots": 2, "experts": 4},
+        {"tokens": 16, "slots": 4, "experts": 8},
         {"tokens": 65, "slots": 1, "routing": "one", "skip": 0.0},
         {"tokens": 150, "experts": 2, "slots": 2, "hidden": 80, "intermediate": 144},
         {"slots": 6, "experts": 35},
