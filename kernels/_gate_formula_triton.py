@@ -80,7 +80,7 @@ def with_formula(kernel: Any, formula: Formula) -> Any:
     copy = functools.update_wrapper(copy, fn)
     # `update_wrapper` points at the original, which `inspect` would follow.
     del copy.__wrapped__
-    return triton.jit(copy)
+    return triton.jit(copy, do_not_specialize=getattr(kernel, "do_not_specialize", None))
 
 
 def _write(function: str, args: tuple[str | float, ...]) -> str:
