@@ -103,6 +103,7 @@ def compile_here(arch: int, names: list[str]) -> list[dict[str, Any]]:
                 for kernel in launched:
                     made = {"arch": arch, **vars(kernel), "used_by": {}}
                     made |= {"tensor_cores": kernel.tensor_cores, "spills": kernel.spills}
+                    del made["opcodes"]
                     used_by = rows.setdefault(kernel.hash, made)["used_by"]
                     if tokens not in used_by.setdefault(name, []):
                         used_by[name].append(tokens)

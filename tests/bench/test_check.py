@@ -122,6 +122,23 @@ def test_the_program_fails_until_the_lines_are_updated(run):
     assert "update the line to: work a,launches,2,0" in printed
 
 
+def test_a_broken_promise_cannot_be_accepted(run):
+    kept = {
+        ("work m 4096 tokens 88 % skipped", "flops"): 1.15,
+        ("work m 1 tokens 0 % skipped", "bytes"): 1.05,
+    }
+    assert run(kept, "--update")[0] == 0
+    assert run(kept)[0] == 0
+    for key in kept:
+        code, printed = run(kept | {key: 1.2}, "--update")
+        assert code == 1
+        assert "is 1.2, at most 1.1" in printed
+        assert run(kept | {key: 1.2})[0] == 1
+    # Elsewhere the same numbers are no promise.
+    assert run({("work m 4096 tokens 0 % skipped", "flops"): 1.2}, "--update")[0] == 0
+    assert run({("resources sm_90 k", "spilled_bytes"): 4}, "--update")[0] == 1
+
+
 def test_a_group_alone_leaves_the_other_lines(run):
     run(SAME, "--update")
     work = {key: value for key, value in SAME.items() if key[0] == "work a"}
