@@ -29,7 +29,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"  # Triton decides once, when it is imported.
+# Triton decides once, when it is imported. Who asked for compiled kernels has them, and cannot count.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
 import torch
@@ -571,7 +572,9 @@ def _cause(error: BaseException) -> BaseException:
 def counting() -> Iterator[list[Launch]]:
     """Count what is launched inside, in order. Outputs of 16 bits are not set, for lack of being computed."""
     if not triton.knobs.runtime.interpret:
-        raise RuntimeError("Triton was imported before bench/counting.py; set TRITON_INTERPRET=1 first.")
+        raise RuntimeError(
+            "Triton compiles kernels here, and what is compiled is not counted; set TRITON_INTERPRET=1."
+        )
     launches: list[Launch] = []
     replaced: list[tuple[Any, str, Any]] = [
         (InterpretedFunction, "run", _run),

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -190,10 +191,18 @@ def measure(case: Case, call: Call, *, compiled: bool, rounds: int) -> tuple[Tim
 
 INTRODUCTION = """# Times on {name}
 
-Measured by `python bench/gpu.py` on {day}: torch {torch}, triton {triton}, CUDA {cuda}, {rounds} rounds. One
-layer's routed experts, bfloat16, uniform routing, CUDA graphs, L2 cache flushed before each call. us: median
-(20th to 80th percentile); others: medians. "dropped": the same pairs dropped by ids past the last expert.
+Measured by `python bench/gpu.py` on {day}: torch {torch}, triton {triton}, transformers {transformers}, CUDA
+{cuda}, {rounds} rounds. One layer's routed experts, bfloat16, uniform routing, CUDA graphs, L2 cache flushed
+before each call. us: median (20th to 80th percentile); others: medians. "dropped": the same pairs dropped by
+ids past the last expert.
 """
+
+
+def transformers_version() -> str:
+    try:
+        return metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -251,7 +260,7 @@ def main() -> None:
     with torch.no_grad():
         timings, plain = measure_all(options, "cuda")
     made = {"name": properties.name, "day": date.today().isoformat(), "rounds": options.rounds}
-    made |= {"cuda": torch.version.cuda, **versions()}
+    made |= {"cuda": torch.version.cuda, "transformers": transformers_version(), **versions()}
     text = INTRODUCTION.format(**made) + "\n" + timing_table(timings, gpu, "us")
     print(text)
     record("gpu_" + re.sub(r"\W+", "_", properties.name), text, {**made, "cases": plain})

@@ -109,6 +109,13 @@ def measured(monkeypatch):
     return measure_all(arguments(["--no-compile", "--rounds", "3"]), "cpu")
 
 
+def test_the_report_names_gpu_and_versions():
+    made = {"name": "NVIDIA H100 80GB HBM3", "day": "2030-01-01", "rounds": 100, "cuda": "13.0"}
+    made |= {"transformers": gpu.transformers_version(), **gpu.versions()}
+    text = gpu.INTRODUCTION.format(**made)
+    assert all(str(value) in text for name, value in made.items() if name != "python")
+
+
 def test_the_table_has_every_case(measured):
     timings, plain = measured
     assert [timing.case.skip for timing in timings] == [0.0, 0.5, 0.0, 0.5]
