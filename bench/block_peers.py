@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from cases import Case
 from interleave import Run
-from kt_peer import Absent, KtExperts, Pool
+from kt_peer import KT_BEST_OF, Absent, KtExperts, Pool
 from memory import Regions
 from routing import Routing, prescribe
 from torch import Tensor, nn
@@ -38,13 +38,16 @@ class Peer:
         drops: Its answer leaves out the dropped pairs.
         clock: CPU seconds of the thread that works.
         prepare: (sample, another one), before each timed call: code warm, as in a model's other layers, and
-            the weights of the chosen experts in no cache. None for a call of the other sample and an eviction.
+            the weights of the chosen experts in no cache. None for a call of the other sample, and an
+            eviction.
+        best_of: See `Run`.
     """
 
     call: Callable[["Sample"], Any]
     drops: bool = False
     clock: Callable[[], float] = time.thread_time
     prepare: Callable[["Sample", "Sample"], None] | None = None
+    best_of: int = 1
 
     def run(self, samples: Sequence["Sample"]) -> Run:
         def prepare(number: int) -> None:
@@ -56,7 +59,10 @@ class Peer:
                     self.call(other)
                 sample.chosen.evict()
 
-        return Run(lambda number: self.call(samples[number % len(samples)]), prepare, self.clock)
+        def call(number: int) -> None:
+            self.call(samples[number % len(samples)])
+
+        return Run(call, prepare, self.clock, self.best_of)
 
 
 class Weights:
@@ -164,6 +170,7 @@ def make_peers(
             drops=True,
             clock=pool().clock,
             prepare=prepare,
+            best_of=KT_BEST_OF,
         )
     except Absent as reason:
         absent["kt-kernel"] = str(reason)

@@ -110,6 +110,7 @@ def _overhead() -> list[Case]:
 FAMILIES: dict[str, list[Case]] = {
     "block-prefill": _prefill(),
     "block-decode": _decode(),
+    "model": _model(),
     "op-overhead": _overhead(),
 }
 

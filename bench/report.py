@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+from interleave import ratios, spread
 from targets import render_targets
 
 OURS = "modes_fx"
@@ -19,6 +20,15 @@ def tables(entries: Sequence[Entry]) -> list[list[Entry]]:
         return str(entry["id"].rsplit(" skip", 1)[0])
 
     return [sorted(same, key=lambda entry: entry["case"]["skip"]) for _, same in groupby(entries, key=key)]
+
+
+def timings(spent: dict[str, list[float]], ours: str) -> dict[str, Any]:
+    """What is kept of the samples: spreads of milliseconds, and of the ratio of each to ours."""
+    return {
+        "passes": len(spent[ours]),
+        "ms": {name: spread(values) for name, values in spent.items()},
+        "over_ours": {name: ratios(values, spent[ours]) for name, values in spent.items() if name != ours},
+    }
 
 
 def title(table: Sequence[Entry]) -> str:
@@ -53,8 +63,8 @@ def speedup_table(table: Sequence[Entry]) -> str:
     return "\n".join([*lines, "", *reasons, *([""] if reasons else [])])
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """The whole record, targets first."""
+def markdown(record: dict[str, Any], picture: str) -> str:
+    """The whole record, targets first; `picture` is the plot's file name."""
     machine, versions = record["machine"], record["versions"]
     caches = ", ".join(f"{name} {size}" for name, size in machine["caches"].items())
     lines = [
@@ -76,7 +86,7 @@ def markdown(record: dict[str, Any]) -> str:
         "quicker. A limit's row is ours over the limit. Zeroed is simulated skipping: weights of dropped "
         "pairs at zero; dropped, their ids set past the last expert.",
         "",
-        "![speed-up](speed.png)",
+        f"![speed-up against skip rate]({picture})",
         "",
         "## Targets",
         "",

@@ -31,7 +31,7 @@ from typing import Any
 import cases as data
 from cases import Case
 from machine import machine, rates, versions
-from report import markdown, speedup_table, tables
+from report import markdown, speedup_table, tables, timings
 from targets import check_targets, render_targets
 
 _SAMPLES = {"decode": 16, "prefill": 3}
@@ -47,6 +47,10 @@ def run_cases(
 
     torch.set_num_threads(1)
     with torch.no_grad():
+        if cases[0].kind == "model":
+            from model_peers import run_model_cases
+
+            return run_model_cases(cases, kt_folder, say)
         return run_block_cases(cases, kt_folder, say)
 
 
@@ -119,17 +123,6 @@ def _block_entry(
     }
 
 
-def timings(spent: dict[str, list[float]], ours: str) -> dict[str, Any]:
-    """What is kept of the samples: spreads of milliseconds, and of the ratio of each to ours."""
-    from interleave import ratios, spread
-
-    return {
-        "passes": len(spent[ours]),
-        "ms": {name: spread(values) for name, values in spent.items()},
-        "over_ours": {name: ratios(values, spent[ours]) for name, values in spent.items() if name != ours},
-    }
-
-
 def child(path: str, kt_folder: str | None) -> None:
     """Run the cases that stand in a file, and leave the entries in it."""
     file = Path(path)
@@ -165,11 +158,18 @@ def run_all(cases: Sequence[Case], kt_folder: str | None) -> dict[str, Any]:
         "machine": machine(),
         "versions": versions(kt_folder),
         "rates": {},
+        "failed": [],
         "entries": [],
     }
-    for _, same in groupby(sorted(cases, key=lambda case: case.group), key=lambda case: case.group):
-        done = run_group(list(same), kt_folder)
-        record["rates"].setdefault(cases[0].cpu, done["rates"])
+    for name, group in groupby(sorted(cases, key=lambda case: case.group), key=lambda case: case.group):
+        same = list(group)
+        try:
+            done = run_group(same, kt_folder)
+        except subprocess.CalledProcessError as error:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            record["failed"].append(name)
+            continue
+        record["rates"].setdefault(same[0].cpu, done["rates"])
         record["entries"] += done["entries"]
         for table in tables(done["entries"]):
             print(speedup_table(table), flush=True)
@@ -207,8 +207,11 @@ def main() -> None:
 
         arguments.record.parent.mkdir(exist_ok=True, parents=True)
         arguments.record.write_text(json.dumps(record, indent=1) + "\n")
-        arguments.record.with_suffix(".md").write_text(markdown(record))
-        plot(record, arguments.record.with_suffix(".png"))
+        picture = arguments.record.with_suffix(".png")
+        arguments.record.with_suffix(".md").write_text(markdown(record, picture.name))
+        plot(record, picture)
+    if record["failed"]:
+        sys.exit("Failed: " + ", ".join(record["failed"]))
 
 
 if __name__ == "__main__":
