@@ -1,4 +1,4 @@
-"""Where the CPU lowering switches from a loop over experts with rows to torch's grouped product.
+"""Where the lowering on torch operators switches from a loop over experts to torch's grouped product.
 
     python bench/grouped_product.py
 
@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from modes_fx.kernels._masked_moe_cpu import _grouped_mm, _loop
+from modes_fx.kernels._masked_moe_torch import _grouped_mm, _loop
 
 
 def main() -> None:

@@ -21,8 +21,9 @@ import torch
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "native"
-# Exceptions to nothing: NaN and infinity keep their meaning, only errno and traps are given up.
-_FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+_COMMON = ["-O3", "-shared", "-fPIC", "-Wno-psabi"]
+# NaN and infinity keep their meaning; only errno and traps are given up.
+_KERNEL = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math"]
 _INSTRUCTIONS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
     "AVX2": ["-mavx2", "-mfma"],
@@ -34,43 +35,61 @@ class BuildError(RuntimeError):
     """A library cannot be built here; the message says why."""
 
 
-@functools.cache
-def load(source: str) -> ctypes.CDLL:
-    """Compile `source`, or take what was compiled before, and load it.
+def build_kernel(source: str) -> ctypes.CDLL:
+    """Compile C++ for this processor, or take what was compiled before, and load it.
 
     Args:
-        source: C++, which may include the files of `kernels/native`.
+        source: May include the files of `kernels/native`.
 
     Raises:
         BuildError: There is no compiler, or it fails.
     """
-    command = [*compiler(), *_FLAGS, *instructions()]
-    digest = hashlib.sha256("\0".join([source, *command, version(tuple(compiler()))]).encode())
-    for header in sorted(SOURCES.glob("*.h")):
-        digest.update(header.read_bytes())
-    library = cache_folder() / f"{digest.hexdigest()[:32]}.so"
-    if not library.exists():
-        _compile(command, source, library)
+    # A compiler may come without OpenMP (Apple's does); then one thread does all.
+    flags = [*_KERNEL, *instructions()]
+    return ctypes.CDLL(str(_build(source, [*flags, "-fopenmp"], flags)))
+
+
+def build_operator() -> ctypes.CDLL:
+    """Compile and load `native/op.cpp`, by which torch takes its operator for CPU tensors from there.
+
+    Raises:
+        BuildError: There is no compiler, or it fails.
+    """
+    root = Path(torch.__file__).parent
+    flags = [
+        "-std=c++20",
+        f"-I{root / 'include'}",
+        f"-I{root / 'include/torch/csrc/api/include'}",
+        f"-L{root / 'lib'}",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
+    library = _build((SOURCES / "op.cpp").read_text(), flags)
+    torch.ops.load_library(library)
     return ctypes.CDLL(str(library))
 
 
-def _compile(command: list[str], source: str, library: Path) -> None:
+def _build(source: str, *flags: list[str]) -> Path:
+    """The library of a source, by the first flags that work."""
+    command = [*compiler(), *_COMMON, f"-I{SOURCES}"]
+    digest = hashlib.sha256("\0".join([source, *command, *flags[0], version(), torch.__version__]).encode())
+    for header in sorted(SOURCES.glob("*.h")):
+        digest.update(header.read_bytes())
+    library = cache_folder() / f"{digest.hexdigest()[:32]}.so"
+    if library.exists():
+        return library
     library.parent.mkdir(parents=True, exist_ok=True)
     # Beside its final place, so that renaming is atomic: another process sees all of it or nothing.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         main, built = Path(folder, "main.cpp"), Path(folder, "built.so")
         main.write_text(source)
-        # A compiler may come without OpenMP (Apple's does); then one thread does all.
-        for openmp in (["-fopenmp"], []):
-            done = subprocess.run(
-                [*command, *openmp, f"-I{SOURCES}", str(main), "-o", str(built)],
-                capture_output=True,
-                text=True,
-            )
+        for choice in flags:
+            whole = [*command, str(main), "-o", str(built), *choice]
+            done = subprocess.run(whole, capture_output=True, text=True)
             if done.returncode == 0:
                 os.replace(built, library)
-                return
-    raise BuildError(f"{shlex.join(command)} failed: {done.stderr.strip()[:2000]}")
+                return library
+    raise BuildError(f"{shlex.join(whole)} failed: {done.stderr.strip()[:2000]}")
 
 
 @functools.cache
@@ -87,8 +106,8 @@ def compiler() -> list[str]:
 
 
 @functools.cache
-def version(command: tuple[str, ...]) -> str:
-    return subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+def version() -> str:
+    return subprocess.run([*compiler(), "--version"], capture_output=True, text=True).stdout
 
 
 def instructions() -> list[str]:

@@ -4,10 +4,10 @@
     out[t]     = sum over kept j of weights[t, j] * expert[experts[t, j]](hidden[t])
     expert(x)  = formula(x @ gate_up) @ down      as silu(gate) * up, see `gate_formula`
 
-This is the contract between `passes` (which write this one node per block) and the lowerings (CPU in
-`_masked_moe_cpu.py`, Triton in `_masked_moe_triton.py`). `reference` below is the specification. The rule is
-eq. 3 and 5 of the MoDES paper (arXiv 2511.15690); kept weights are not re-normalised unless `renormalise` is
-set, and nothing protects the first choice: a token that loses all its pairs gets zero.
+This is the contract between `passes` (which write this one node per block) and the lowerings (on a CPU
+`native/` and `_masked_moe_torch.py`, on a GPU `_masked_moe_triton.py`). `reference` below is the specification.
+The rule is eq. 3 and 5 of the MoDES paper (arXiv 2511.15690); kept weights are not re-normalised unless
+`renormalise` is set, and nothing protects the first choice: a token that loses all its pairs gets zero.
 
 Imports torch alone, so that a compiler process which only traces never loads Triton.
 """
@@ -31,6 +31,7 @@ SCHEMA = (
 )
 
 _library = torch.library.Library("modes_fx", "FRAGMENT")
+_library.define(SCHEMA.replace("masked_moe", "masked_moe_fallback"))
 _library.define(SCHEMA, tags=[torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides])
 
 
@@ -203,12 +204,23 @@ def _fake(*args: Any, **kwargs: Any) -> Tensor:
     return call.hidden.new_empty(call.hidden.shape[0], call.output_size)
 
 
-def _cpu(*args: Any, **kwargs: Any) -> Tensor:
-    from modes_fx.kernels._masked_moe_cpu import masked_moe_cpu
+def _first(*args: Any, **kwargs: Any) -> Tensor:
+    """What runs until the native operator takes over for CPU tensors, and where it cannot be built."""
+    from modes_fx.kernels._masked_moe_native import take_over
+
+    return masked_moe(*args, **kwargs) if take_over() else _fallback(*args, **kwargs)
+
+
+def _fallback(*args: Any, **kwargs: Any) -> Tensor:
+    """What no native kernel takes: build one where that helps, or use torch operators."""
+    from modes_fx.kernels._masked_moe_native import add_kernel
+    from modes_fx.kernels._masked_moe_torch import masked_moe_torch
 
     call = Call(*args, **kwargs)
     call.check()
-    return masked_moe_cpu(call)
+    if add_kernel(call.activation, call.hidden.dtype):
+        return masked_moe(*args, **kwargs)
+    return masked_moe_torch(call)
 
 
 def _cuda(*args: Any, **kwargs: Any) -> Tensor:
@@ -220,7 +232,8 @@ def _cuda(*args: Any, **kwargs: Any) -> Tensor:
 
 
 torch.library.register_fake("modes_fx::masked_moe", _fake, lib=_library)
-_library.impl("masked_moe", _cpu, "CPU")
+_library.impl("masked_moe", _first, "CompositeExplicitAutograd")
+_library.impl("masked_moe_fallback", _fallback, "CompositeExplicitAutograd")
 _library.impl("masked_moe", _cuda, "CUDA")
 
 masked_moe = torch.ops.modes_fx.masked_moe.default

@@ -8,26 +8,13 @@
 #include <new>
 #include <vector>
 
+#include "arguments.h"
 #include "vectors.h"
 
 // Tokens of one expert that are multiplied together: what is gathered of them stays in a core's cache.
 constexpr i64 MAX_ROWS = 96;
 
-// All members have 8 bytes; the caller packs them in this order.
-struct Arguments {
-  i64 tokens, slots, experts, hidden_size, inner_size, output_size;
-  const Element* hidden;  // [T, H], rows `hidden_stride` apart
-  i64 hidden_stride;
-  const float *scores, *weights;  // [T, K]
-  const i64* ids;                 // [T, K]
-  const uint8_t* modality;        // [T] or null
-  const Element *gate_up, *down;  // [E, N, H] and [E, O, I], rows contiguous
-  i64 gate_up_expert_stride, gate_up_stride, down_expert_stride, down_stride;
-  const Element *gate_up_bias, *down_bias;  // [E, N], [E, O], or null
-  Element* out;                             // [T, O]
-  double alpha_text, alpha_vision, tau_text, tau_vision;
-  i64 interleaved, weights_on_input, renormalise, threads;
-};
+using Arguments = ArgumentsOf<Element>;
 
 struct Task {
   i64 expert, first, rows;  // positions [first, first + rows)
@@ -40,25 +27,30 @@ struct Dispatch {
   std::vector<Task> tasks;        // largest first
 };
 
+static inline float read(const void* values, i64 are_bfloat16, i64 i) {
+  return are_bfloat16 ? widen(static_cast<const bfloat16*>(values)[i]) : static_cast<const float*>(values)[i];
+}
+
 static Dispatch dispatch(const Arguments& a) {
   const i64 pairs = a.tokens * a.slots;
   Dispatch d;
   d.position.resize(pairs);
   std::vector<float> scale(a.renormalise ? a.tokens : 0, 1.f);
   std::vector<int32_t> next(a.experts + 1);  // counts, then the next free position of each expert
-  const float alphas[] = {float(a.alpha_text), float(a.alpha_vision)};
-  const float taus[] = {float(a.tau_text), float(a.tau_vision)};
+  const float alphas[] = {a.alpha_text, a.alpha_vision};
+  const float taus[] = {a.tau_text, a.tau_vision};
   for (i64 t = 0; t < a.tokens; t++) {
     const int kind = a.modality ? a.modality[t] : 0;
     float mass = 0, kept = 0;
     for (i64 p = t * a.slots; p < (t + 1) * a.slots; p++) {
       const bool inside = a.ids[p] >= 0 && a.ids[p] < a.experts;
-      const bool below = kind < 2 && a.scores[p] * alphas[kind] < taus[kind];
+      const bool below = kind < 2 && read(a.scores, a.scores_are_bfloat16, p) * alphas[kind] < taus[kind];
       const bool keep = inside && !below;
       d.position[p] = keep ? 0 : -1;
       if (keep) next[a.ids[p] + 1]++;
-      mass += a.weights[p];
-      if (!below) kept += a.weights[p];
+      const float weight = read(a.weights, a.weights_are_bfloat16, p);
+      mass += weight;
+      if (!below) kept += weight;
     }
     if (a.renormalise && kept > 0) scale[t] = mass / kept;
   }
@@ -81,7 +73,7 @@ static Dispatch dispatch(const Arguments& a) {
       const int32_t at = next[a.ids[p]]++;
       d.position[p] = at;
       d.token[at] = int32_t(t);
-      d.weight[at] = a.renormalise ? a.weights[p] * scale[t] : a.weights[p];
+      d.weight[at] = read(a.weights, a.weights_are_bfloat16, p) * (a.renormalise ? scale[t] : 1.f);
     }
   std::stable_sort(d.tasks.begin(), d.tasks.end(), [](const Task& a, const Task& b) { return a.rows > b.rows; });
   return d;

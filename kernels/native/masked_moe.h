@@ -104,12 +104,13 @@ static i64 run(const Arguments& a) {
 }
 
 // The number of kept pairs; -1 where there is no memory.
-extern "C" i64 masked_moe(const Arguments* arguments) {
+extern "C" i64 run_masked_moe(const void* arguments) {
+  const Arguments& a = *static_cast<const Arguments*>(arguments);
   try {
 #if defined(__AMX_BF16__)
-    if (TileJob::takes(*arguments)) return run<TileJob>(*arguments);
+    if (TileJob::takes(a)) return run<TileJob>(a);
 #endif
-    return run<Job>(*arguments);
+    return run<Job>(a);
   } catch (const std::bad_alloc&) {
     return -1;
   }

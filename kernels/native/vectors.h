@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "arguments.h"
+
 #if defined(__AVX512F__)
 constexpr int LANES = 16, ROWS = 8;  // ROWS: weight rows of one register tile
 #elif defined(__AVX2__)
@@ -13,7 +15,6 @@ constexpr int LANES = 8, ROWS = 4;
 constexpr int LANES = 4, ROWS = 4;
 #endif
 
-using i64 = int64_t;
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t veci __attribute__((vector_size(LANES * 4)));
 typedef uint32_t vecu __attribute__((vector_size(LANES * 4)));

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modes_fx.kernels._masked_moe_cpu import masked_moe_torch
+from modes_fx.kernels._masked_moe_torch import masked_moe_torch
 from modes_fx.kernels.masked_moe import (
     OTHER,
     TEXT,

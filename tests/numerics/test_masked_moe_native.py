@@ -1,15 +1,17 @@
 """The native CPU kernel on every instruction set of this machine, and what is done without a compiler."""
 
 import ctypes
-import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from modes_fx.kernels import _masked_moe_native as native
-from modes_fx.kernels import _native_build as build
+from modes_fx.kernels import _masked_moe_torch
+from modes_fx.kernels import _native_build as native_build
 from modes_fx.kernels._gate_formula_cpp import write_formula
-from modes_fx.kernels._masked_moe_cpu import masked_moe_cpu, masked_moe_torch
 from modes_fx.kernels.gate_formula import FUNCTIONS, SILU, parse
 from modes_fx.kernels.masked_moe import Call, masked_moe
 
@@ -17,58 +19,54 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 EXACT = {"rtol": 0, "atol": 0}
 DTYPES = [torch.float32, torch.bfloat16]
-needs_compiler = pytest.mark.skipif(
-    native.kernel(parse(SILU), torch.float32) is None, reason="no C++ compiler"
-)
+MIN_SIDE = 8  # as in native/op.cpp
+needs_compiler = pytest.mark.skipif(native.operator() is None, reason="no C++ compiler")
 
 
 @pytest.fixture
-def fresh():
-    """Forget which kernels there are, before and after a test that changes how they are built."""
+def run_native(monkeypatch):
+    """The op, which may not fall back."""
 
-    def forget():
-        for cached in (native.kernel, build.load, build.compiler):
-            cached.cache_clear()
+    def refuse(call):
+        raise AssertionError("torch operators ran in place of the native kernel")
 
-    forget()
-    yield
-    forget()
+    monkeypatch.setattr(_masked_moe_torch, "masked_moe_torch", refuse)
+    return lambda problem: masked_moe(**problem)
 
 
 def instruction_sets():
     """By name, the flags of each set that this processor has, from the least on."""
-    here = build.instructions()
+    here = native_build.instructions()
     sets = {"none": []}
     if "-mfma" in here:
-        sets["AVX2"] = build._INSTRUCTIONS["AVX2"]
+        sets["AVX2"] = native_build._INSTRUCTIONS["AVX2"]
     if "-mavx512f" in here:
-        sets["AVX512"] = build._INSTRUCTIONS["AVX512"]
+        sets["AVX512"] = native_build._INSTRUCTIONS["AVX512"]
     sets["all"] = here
     return sets
 
 
-@pytest.fixture(params=["none", "AVX2", "AVX512", "all"])
-def instructions(request, fresh, monkeypatch):
+@pytest.fixture(params=["none", "AVX2", "AVX512", "all"], scope="module")
+def instructions(request):
+    """Kernels of one instruction set in place of the usual ones."""
     flags = instruction_sets().get(request.param)
     if flags is None:
         pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setattr(build, "instructions", lambda: flags)
-    return request.param
-
-
-def run_native(problem):
-    call = Call(**problem)
-    kernel = native.find_kernel(call)
-    assert kernel is not None
-    return native.masked_moe_native(call, kernel)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_build, "instructions", lambda: flags)
+        for dtype in DTYPES:
+            native.build(SILU, dtype)
+    yield request.param
+    for dtype in DTYPES:
+        native.build(SILU, dtype)
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set_matches_the_reference(
-    instructions, dtype, case, make_problem, assert_within_budget
+    instructions, dtype, case, run_native, make_problem, assert_within_budget
 ):
-    if min(case.intermediate, case.hidden) < native.MIN_COLUMNS:
+    if min(case.intermediate, case.hidden) < MIN_SIDE:
         pytest.skip("too narrow for the native kernel")
     # A matrix unit takes only widths that fill its tiles.
     for sizes in ({}, {"hidden": 64, "intermediate": 96}):
@@ -84,7 +82,9 @@ def test_every_instruction_set_matches_the_reference(
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [*range(1, 36), 47, 48, 49, 95, 96, 97, 200])
-def test_any_number_of_rows_on_an_expert(rows, dtype, typical, make_problem, assert_within_budget):
+def test_any_number_of_rows_on_an_expert(
+    rows, dtype, typical, run_native, make_problem, assert_within_budget
+):
     # Every mix of full vectors, vectors with idle lanes, and rows; one task and several.
     case = typical._replace(tokens=rows, slots=1, experts=1, hidden=64, intermediate=32)
     problem = make_problem(case, dtype, bias=True) | {"tau_text": 0.0, "tau_vision": 0.0}
@@ -94,7 +94,7 @@ def test_any_number_of_rows_on_an_expert(rows, dtype, typical, make_problem, ass
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 400])
-def test_threads_change_no_bit(tokens, dtype, typical, make_problem):
+def test_threads_change_no_bit(tokens, dtype, typical, run_native, make_problem):
     # Over a megabyte for each thread, so that several do run: one task in parts, or tasks side by side.
     case = typical._replace(tokens=tokens, experts=24, hidden=512, intermediate=96)
     problem = make_problem(case, dtype) | {"tau_text": 0.0, "tau_vision": 0.0}
@@ -116,13 +116,13 @@ def test_an_index_outside_the_experts_drops_its_pair(typical, make_problem):
     outside = problem["experts"].clone()
     outside[:, 0] = torch.tensor([-1, typical.experts, 10**12]).repeat(len(outside))[: len(outside)]
     without = problem | {name: problem[name][:, 1:] for name in ("scores", "weights", "experts")}
-    for lowering in (masked_moe_cpu, masked_moe_torch):
-        got, wanted = lowering(Call(**problem | {"experts": outside})), lowering(Call(**without))
+    for lowering in (masked_moe, lambda **call: _masked_moe_torch.masked_moe_torch(Call(**call))):
+        got, wanted = lowering(**problem | {"experts": outside}), lowering(**without)
         torch.testing.assert_close(got, wanted, **EXACT)
 
 
 @needs_compiler
-def test_reads_views_where_they_lie(typical, make_problem, assert_within_budget):
+def test_reads_views_where_they_lie(typical, run_native, make_problem, assert_within_budget):
     problem = make_problem(typical, bias=True)
     views = dict(problem)
     for name in ("hidden", "gate_up", "down"):
@@ -153,7 +153,7 @@ def apply():
     lines.append("  for (i64 i = 0; i < n; i += LANES) switch (which) {")
     for i in range(len(TEXTS)):
         lines.append(f"    case {i}: store(y + i, n{i}::formula(load(x + i), vec{{}})); break;")
-    function = build.load("\n".join([*lines, "  }", "}"])).apply
+    function = native_build.build_kernel("\n".join([*lines, "  }", "}"])).apply
     function.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
 
     def apply(i, x):
@@ -180,40 +180,48 @@ def test_every_function_of_a_formula_is_torchs(text, apply):
 
 # Building.
 
+SCRIPT = """
+import logging, sys, torch
+from modes_fx.kernels.masked_moe import masked_moe, reference
+logging.basicConfig(format="%(name)s: %(message)s")
+g = torch.Generator().manual_seed(0)
+hidden, gate_up, down = (torch.randn(s, generator=g) for s in ((5, 16), (4, 32, 16), (4, 16, 16)))
+scores = torch.rand(5, 2, generator=g)
+experts = torch.rand(5, 4, generator=g).topk(2).indices
+problem = (hidden, scores, scores, experts, None, gate_up, down, None, None)
+rule = {"alpha_text": 1.0, "alpha_vision": 1.0, "tau_text": 0.5, "tau_vision": 0.5}
+for _ in range(3):
+    torch.testing.assert_close(masked_moe(*problem, **rule), reference(*problem, **rule))
+"""
+
+
+def run_script(cache, **environment):
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)} | environment
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr, sorted(cache.rglob("*.so"))
+
 
 @pytest.mark.parametrize("cxx", ["no-such-compiler", "false"])
-def test_without_a_compiler_torch_does_it_and_one_line_says_so(
-    cxx, fresh, monkeypatch, caplog, tmp_path, typical, make_problem, assert_within_budget
-):
-    monkeypatch.setenv("CXX", cxx)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    problem = make_problem(typical)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            assert_within_budget(masked_moe(**problem), problem)
-    (line,) = [record.getMessage() for record in caplog.records if "native" in record.name]
-    assert cxx in line and "Set CXX" in line
-    assert not list(tmp_path.rglob("*.so"))
+def test_without_a_compiler_torch_does_it_and_one_line_says_so(cxx, tmp_path):
+    said, libraries = run_script(tmp_path, CXX=cxx)
+    assert said.count("modes_fx.kernels._masked_moe_native:") == 1
+    assert cxx in said and "Set CXX" in said
+    assert libraries == []
 
 
-def test_can_be_switched_off(fresh, monkeypatch, caplog, typical, make_problem):
-    monkeypatch.setenv("MODES_FX_NATIVE", "0")
-    assert native.find_kernel(Call(**make_problem(typical))) is None
-    assert not caplog.records
+def test_can_be_switched_off(tmp_path):
+    assert run_script(tmp_path, MODES_FX_NATIVE="0") == ("", [])
 
 
 @needs_compiler
-def test_builds_once(fresh, monkeypatch, tmp_path, typical, make_problem):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    problem = make_problem(typical)
-    first = run_native(problem)
-    (library,) = tmp_path.rglob("*.so")
-    built = library.stat().st_mtime_ns
-    for cached in (native.kernel, build.load):
-        cached.cache_clear()
-    torch.testing.assert_close(run_native(problem), first, **EXACT)
-    assert [library] == list(tmp_path.rglob("*.so")) and library.stat().st_mtime_ns == built
-    assert [library] == [path for path in library.parent.iterdir()], "something was left behind"
+def test_builds_once_and_leaves_nothing_else(tmp_path):
+    said, libraries = run_script(tmp_path)
+    assert (said, len(libraries)) == ("", 2)  # the operator and one kernel
+    built = [library.stat().st_mtime_ns for library in libraries]
+    assert run_script(tmp_path) == ("", libraries)
+    assert built == [library.stat().st_mtime_ns for library in libraries]
+    assert sorted(libraries[0].parent.iterdir()) == libraries
 
 
 def test_a_formula_is_written_as_it_is_read():

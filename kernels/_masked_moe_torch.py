@@ -1,20 +1,13 @@
-"""CPU lowering of `modes_fx::masked_moe`: the native kernel, or torch operators where it cannot run.
+"""The lowering of `modes_fx::masked_moe` on torch operators: for what no native kernel takes.
 
-Either way only kept pairs are gathered, multiplied and summed, and experts without kept pairs are not read.
+Only kept pairs are gathered, multiplied and summed, and experts without kept pairs are not read.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modes_fx.kernels._masked_moe_native import find_kernel, masked_moe_native
 from modes_fx.kernels.masked_moe import Call, kept_weights
-
-
-def masked_moe_cpu(call: Call) -> Tensor:
-    """The result of `masked_moe.reference`, for any dtype and layout."""
-    kernel = find_kernel(call)
-    return masked_moe_torch(call) if kernel is None else masked_moe_native(call, kernel)
 
 
 def masked_moe_torch(call: Call) -> Tensor:
