@@ -77,9 +77,7 @@ def with_formula(kernel: Any, formula: Formula) -> Any:
     fn = kernel.fn
     scope = {**fn.__globals__, "formula": compile_formula(formula)}
     copy = FunctionType(fn.__code__, scope, fn.__name__, fn.__defaults__, fn.__closure__)
-    copy = functools.update_wrapper(copy, fn)
-    # `update_wrapper` points at the original, which `inspect` would follow.
-    del copy.__wrapped__
+    copy.__annotations__, copy.__qualname__ = fn.__annotations__, fn.__qualname__
     return triton.jit(copy, do_not_specialize=getattr(kernel, "do_not_specialize", None))
 
 

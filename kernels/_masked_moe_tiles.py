@@ -1,4 +1,4 @@
-"""How the kernels of `_masked_moe_triton` divide their work, for each class of calls and architecture, as data.
+"""How the kernels of `_masked_moe_triton` divide their work, by class of calls and architecture, as data.
 
 None of it has been timed: no GPU was at hand. The tiles were chosen by counting, and are compiled ahead of
 time (tests/numerics/test_masked_moe_aot.py), which shows that nothing spills and that `per_sm` programs fit
@@ -59,7 +59,7 @@ TABLE: dict[tuple[str, int], Tiles] = {
     ("decode", 90): Tiles(Tile((), 16, 256, 4, 3, per_sm=3), Tile((), 16, 256, 4, 10, per_sm=3)),
     ("decode", 100): Tiles(Tile((), 16, 256, 4, 3, per_sm=3), Tile((), 16, 256, 4, 10, per_sm=3)),
 }
-# Exact float32 products do not run on tensor cores, and hold their operands in registers: the same everywhere.
+# Exact float32 products do not run on tensor cores, and hold operands in registers: the same everywhere.
 _FLOAT32 = Tile((8, 16, 32, 64), 64, 16, 8, 3, per_sm=2)
 _FLOAT32_DECODE = Tiles(Tile((), 16, 64, 4, 3, per_sm=4), Tile((), 16, 64, 4, 10, per_sm=4))
 # Odd sizes, which no published model has, cannot be copied 16 bytes at a time; their loads go through
@@ -97,7 +97,10 @@ def choose_tiles(arch: int, dtype: torch.dtype, num_pairs: int, num_experts: int
 
 def max_tiles(num_pairs: int, num_experts: int, width: int) -> int:
     """The most tiles that any routing needs: each expert with a pair may leave one tile partly empty."""
-    return min(num_pairs, (num_pairs + min(num_experts, num_pairs) * (width - 1)) // width)
+    # Not `min`, which would fix a symbolic number of pairs to one side.
+    partly_empty: int = torch.sym_min(num_experts, num_pairs)
+    most: int = torch.sym_min(num_pairs, (num_pairs + partly_empty * (width - 1)) // width)
+    return most
 
 
 def architecture(device: torch.device) -> int:

@@ -15,6 +15,7 @@ I intermediate size, N rows of gate_up (2I, or I without a gate), H_out width of
 index into `order`, R of them are filled.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -51,14 +52,30 @@ def masked_moe_triton(call: Call) -> Tensor:
     `down` and, with many tokens, the weighted output of each pair are rounded to the dtype of `hidden`. An
     index outside of `[0, E)` drops its pair. Does not wait for the device.
     """
-    if call.scores.numel() == 0:
-        return call.hidden.new_zeros(call.hidden.shape[0], call.output_size)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(call.hidden):
-        return _few_tokens(call) if is_decode(*call.scores.shape) else _many_tokens(call)
+        return _masked_moe(call, lambda kernel: kernel)
 
 
-def _few_tokens(call: Call) -> Tensor:
+def masked_moe_traced(call: Call) -> Tensor:
+    """The same, written into the graph that is being traced: a node for each launch, for Inductor to compile.
+
+    The number of tokens may be symbolic; which path and which tiles it takes becomes a guard.
+    """
+    return _masked_moe(call, torch.library.wrap_triton)
+
+
+# Turns a kernel into what is launched.
+Wrap = Callable[[Any], Any]
+
+
+def _masked_moe(call: Call, wrap: Wrap) -> Tensor:
+    if call.scores.numel() == 0:
+        return call.hidden.new_zeros(call.hidden.shape[0], call.output_size)
+    return (_few_tokens if is_decode(*call.scores.shape) else _many_tokens)(call, wrap)
+
+
+def _few_tokens(call: Call, wrap: Wrap) -> Tensor:
     hidden, num_tokens = call.hidden, call.hidden.shape[0]
     num_pairs = call.scores.numel()
     gate_up, down = _weights(call)
@@ -69,7 +86,7 @@ def _few_tokens(call: Call) -> Tensor:
     rows = torch.empty(num_pairs, MAX_TOKENS, **ints)
     shares = hidden.new_empty(num_pairs, MAX_TOKENS, dtype=torch.float32)
     out = hidden.new_empty(num_tokens, call.output_size)
-    kernel = with_formula(_decode_gate_up_kernel, call.formula)
+    kernel = wrap(with_formula(_decode_gate_up_kernel, call.formula))
     kernel[(num_pairs, triton.cdiv(call.intermediate_size, tiles.gate_up.block_w))](
         hidden,
         *_routing(call),
@@ -97,7 +114,7 @@ def _few_tokens(call: Call) -> Tensor:
         MAX_TOKENS=MAX_TOKENS,
         **_options(hidden, tiles.gate_up),
     )
-    _decode_down_kernel[(triton.cdiv(call.output_size, tiles.down.block_w),)](
+    wrap(_decode_down_kernel)[(triton.cdiv(call.output_size, tiles.down.block_w),)](
         inner,
         down,
         call.down_bias,
@@ -117,7 +134,7 @@ def _few_tokens(call: Call) -> Tensor:
     return out
 
 
-def _many_tokens(call: Call) -> Tensor:
+def _many_tokens(call: Call, wrap: Wrap) -> Tensor:
     hidden = call.hidden
     num_tokens, num_slots = call.scores.shape
     num_pairs, num_experts = num_tokens * num_slots, call.gate_up.shape[0]
@@ -125,7 +142,7 @@ def _many_tokens(call: Call) -> Tensor:
     sizes = hidden.shape[1], call.intermediate_size, call.output_size
     tiles = choose_tiles(architecture(hidden.device), hidden.dtype, num_pairs, num_experts, *sizes)
     experts = {"E": num_experts, "POW2_E": triton.next_power_of_2(num_experts)}
-    pairs = dispatch(call)
+    pairs = dispatch(call, wrap)
 
     inner = hidden.new_empty(num_pairs, call.intermediate_size)
     tile = tiles.gate_up
@@ -134,7 +151,7 @@ def _many_tokens(call: Call) -> Tensor:
         # Gates and ups in one product, which then has as many rows as each of the two has elsewhere.
         tile = tile._replace(block_w=tile.block_w // 2)
     num_tiles = max_tiles(num_pairs, num_experts, tile.widths[-1])
-    kernel = with_formula(_gate_up_kernel, call.formula)
+    kernel = wrap(with_formula(_gate_up_kernel, call.formula))
     kernel[(num_tiles * triton.cdiv(call.intermediate_size, tile.block_w),)](
         hidden,
         gate_up,
@@ -158,7 +175,7 @@ def _many_tokens(call: Call) -> Tensor:
     rows = hidden.new_empty(num_pairs, call.output_size)
     tile = tiles.down
     num_tiles = max_tiles(num_pairs, num_experts, tile.widths[-1])
-    _down_kernel[(num_tiles * triton.cdiv(call.output_size, tile.block_w),)](
+    wrap(_down_kernel)[(num_tiles * triton.cdiv(call.output_size, tile.block_w),)](
         inner,
         down,
         call.down_bias,
@@ -176,7 +193,7 @@ def _many_tokens(call: Call) -> Tensor:
     )
     out = hidden.new_empty(num_tokens, call.output_size)
     block_h = min(1024, triton.next_power_of_2(call.output_size))
-    _combine_kernel[(num_tokens, triton.cdiv(call.output_size, block_h))](
+    wrap(_combine_kernel)[(num_tokens, triton.cdiv(call.output_size, block_h))](
         rows, pairs.keys, out, K=num_slots, H_OUT=call.output_size, BLOCK_H=block_h
     )
     return out
@@ -191,7 +208,7 @@ class Dispatch(NamedTuple):
     totals: Tensor  # [E]: kept pairs of an expert
 
 
-def dispatch(call: Call) -> Dispatch:
+def dispatch(call: Call, wrap: Wrap = lambda kernel: kernel) -> Dispatch:
     """Group the kept pairs of a call by expert."""
     num_tokens, num_slots = call.scores.shape
     num_pairs, num_experts = num_tokens * num_slots, call.gate_up.shape[0]
@@ -201,9 +218,10 @@ def dispatch(call: Call) -> Dispatch:
     ints: dict[str, Any] = {"dtype": torch.int32, "device": call.scores.device}
     keys, order = torch.empty(num_pairs, **ints), torch.empty(num_pairs, **ints)
     scales = torch.empty(num_pairs, dtype=torch.float32, device=call.scores.device)
-    counts, before = (torch.empty(num_chunks, num_experts, **ints) for _ in range(2))
+    # Flat: a shape of which one size may be 1 would be a guard where the number of tokens is symbolic.
+    counts, before = (torch.empty(num_chunks * num_experts, **ints) for _ in range(2))
     totals = torch.empty(num_experts, **ints)
-    _threshold_kernel[(num_chunks,)](
+    wrap(_threshold_kernel)[(num_chunks,)](
         *_routing(call),
         keys,
         scales,
@@ -217,10 +235,10 @@ def dispatch(call: Call) -> Dispatch:
         BLOCK_K=block_k,
         BLOCK_E=BLOCK_E,
     )
-    _scan_kernel[(triton.cdiv(num_experts, BLOCK_E),)](
+    wrap(_scan_kernel)[(triton.cdiv(num_experts, BLOCK_E),)](
         counts, before, totals, num_chunks, E=num_experts, BLOCK_C=64, BLOCK_E=BLOCK_E
     )
-    _place_kernel[(num_chunks,)](
+    wrap(_place_kernel)[(num_chunks,)](
         keys,
         before,
         totals,

@@ -1,11 +1,11 @@
 """The experts for few tokens, in two launches: gate_up (which also thresholds), down (which also combines).
 
-Few tokens are a matter of bytes: each kept expert's weights are read once, and nothing else is big. So nothing
-is sorted. A program of the first launch stands for a pair and a block of weight rows; it thresholds all pairs
-itself, leaves if its pair is dropped or another pair with its expert comes first, and else computes the block
-for all tokens with that expert. The program of the first block also lists the expert for the second launch,
-where a program owns some columns of the result: it goes through the listed experts, adds up in float32, and
-writes every token once.
+Few tokens are a matter of bytes: each kept expert's weights are read once, and nothing else is big. So
+nothing is sorted. A program of the first launch stands for a pair and a block of weight rows; it thresholds
+all pairs itself, leaves if its pair is dropped or another pair with its expert comes first, and else computes
+the block for all tokens with that expert. The program of the first block also lists the expert for the second
+launch, where a program owns some columns of the result: it goes through the listed experts, adds up in
+float32, and writes every token once.
 
 Letters as in `_masked_moe_triton`. L is the number of listed experts, at most P.
 """
@@ -71,18 +71,21 @@ def _decode_gate_up_kernel(
 ):
     mine = tl.program_id(0)
     block = tl.program_id(1)
-    is_mine_kept = is_kept(
-        scores, modality, mine, mine // K, True, True, alpha_text, alpha_vision, tau_text, tau_vision
-    )
+    my_kind = tl.zeros_like(mine)
+    if modality is not None:
+        my_kind += tl.load(modality + mine // K)
+    is_mine_kept = is_kept(tl.load(scores + mine), my_kind, alpha_text, alpha_vision, tau_text, tau_vision)
     # The first program says how many experts are listed, whatever becomes of its pair.
     if (is_mine_kept == 0) & (mine + block > 0):
         return
 
     pair = tl.arange(0, MAX_PAIRS)
     is_pair = pair < num_pairs
-    keep = is_kept(
-        scores, modality, pair, pair // K, is_pair, is_pair, alpha_text, alpha_vision, tau_text, tau_vision
-    )
+    score = tl.load(scores + pair, mask=is_pair, other=0)
+    kind = tl.zeros_like(pair)
+    if modality is not None:
+        kind += tl.load(modality + pair // K, mask=is_pair, other=0)
+    keep = is_kept(score, kind, alpha_text, alpha_vision, tau_text, tau_vision) & is_pair
     expert = tl.load(experts + pair, mask=is_pair, other=-1).to(tl.int32)
     # An index outside the experts must not become an address.
     key = tl.where(keep & (expert >= 0) & (expert < E), expert, -1)
@@ -95,7 +98,7 @@ def _decode_gate_up_kernel(
     row = tl.min(tl.where(chosen, pair[None, :], MAX_PAIRS), axis=1)
     is_chosen = row < MAX_PAIRS
     # Not a product with zero: a dropped pair may weigh infinity.
-    kept_weight = tl.load(weights + pair, mask=key >= 0, other=0).to(tl.float32)
+    kept_weight = tl.load(weights + pair, mask=(key == my_key) & (key >= 0), other=0).to(tl.float32)
     ratio = tl.full((MAX_TOKENS,), 1.0, tl.float32)
     if RENORMALISE:
         weight = tl.load(weights + pair, mask=is_pair, other=0).to(tl.float32)
@@ -162,9 +165,11 @@ def _decode_gate_up_kernel(
         for slot in range(K):
             at = token * K + slot
             there = at < num_pairs
-            is_slot = is_kept(
-                scores, modality, at, token, there, there, alpha_text, alpha_vision, tau_text, tau_vision
-            )
+            score = tl.load(scores + at, mask=there, other=0)
+            kind = tl.zeros_like(at)
+            if modality is not None:
+                kind += tl.load(modality + token, mask=there, other=0)
+            is_slot = is_kept(score, kind, alpha_text, alpha_vision, tau_text, tau_vision) & there
             is_slot = is_slot & (tl.load(experts + at, mask=there, other=-1) == e)
             scale = (tl.load(weights + at, mask=is_slot, other=0).to(tl.float32) * ratio)[None, :]
             a = first * scale + first_bias[:, None]

@@ -11,27 +11,18 @@ import triton.language as tl
 
 
 @triton.jit
-def is_kept(
-    scores,  # [P]
-    modality,  # [T] or None
-    pair,
-    token,  # of the shape of pair, or one that broadcasts to it
-    pair_inside,
-    token_inside,
-    alpha_text,
-    alpha_vision,
-    tau_text,
-    tau_vision,
-):
+def is_kept(score, kind, alpha_text, alpha_vision, tau_text, tau_vision):
+    """The rule, for scores and kinds of tokens that broadcast.
+
+    Takes what was loaded, not pointers: of a pointer that goes into a function Inductor believes that it is
+    stored to where the function's results make an address.
+    """
     # Scalars arrive as double from Inductor and the interpreter; the contract compares in float32.
-    score = tl.load(scores + pair, mask=pair_inside, other=0).to(tl.float32)
+    score = score.to(tl.float32)
+    below_text = score * tl.full((), alpha_text, tl.float32) < tl.full((), tau_text, tl.float32)
+    below_vision = score * tl.full((), alpha_vision, tl.float32) < tl.full((), tau_vision, tl.float32)
     # `not (a < b)`, not `a >= b`: a score that is NaN stays, as in the reference.
-    keep = (score * tl.full((), alpha_text, tl.float32) < tl.full((), tau_text, tl.float32)) == 0
-    if modality is not None:
-        kind = tl.load(modality + token, mask=token_inside, other=0)
-        below = score * tl.full((), alpha_vision, tl.float32) < tl.full((), tau_vision, tl.float32)
-        keep = ((kind == 0) & keep) | ((kind == 1) & (below == 0)) | (kind > 1)
-    return keep & pair_inside
+    return ((kind == 0) & (below_text == 0)) | ((kind == 1) & (below_vision == 0)) | (kind > 1)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -61,18 +52,11 @@ def _threshold_kernel(
     inside = (token < num_tokens)[:, None] & (slot < K)[None, :]
     pair = token[:, None] * K + slot[None, :]
 
-    keep = is_kept(
-        scores,
-        modality,
-        pair,
-        token[:, None],
-        inside,
-        (token < num_tokens)[:, None],
-        alpha_text,
-        alpha_vision,
-        tau_text,
-        tau_vision,
-    )
+    score = tl.load(scores + pair, mask=inside, other=0)
+    kind = tl.zeros_like(pair)
+    if modality is not None:
+        kind += tl.load(modality + token, mask=token < num_tokens, other=0)[:, None]
+    keep = is_kept(score, kind, alpha_text, alpha_vision, tau_text, tau_vision) & inside
 
     weight = tl.load(weights + pair, mask=inside, other=0).to(tl.float32)
     if RENORMALISE:

@@ -31,10 +31,9 @@ def _wide(width):
 
 @triton.jit
 def _find_tile(
-    totals,  # [E], int32
+    total,  # [POW2_E], int32: kept pairs of each expert
     program,
     NUM_BLOCKS: tl.constexpr,  # blocks of weight rows
-    E: tl.constexpr,
     POW2_E: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -44,7 +43,6 @@ def _find_tile(
     so that they run at the same time and L2 serves all but the first: DRAM is read once.
     """
     e = tl.arange(0, POW2_E)
-    total = tl.load(totals + e, mask=e < E, other=0)
     programs = (total + TILE - 1) // TILE * NUM_BLOCKS
     expert = tl.sum((tl.cumsum(programs, axis=0) <= program).to(tl.int32), axis=0)
     local = program - tl.sum(tl.where(e < expert, programs, 0), axis=0)
@@ -85,8 +83,12 @@ def _gate_up_kernel(
     BLOCK_R: tl.constexpr,
 ):
     NUM_BLOCKS: tl.constexpr = (I + BLOCK_W - 1) // BLOCK_W
+    every_e = tl.arange(0, POW2_E)
+    # Loaded here and not in `_find_tile`: of a pointer that goes into a function Inductor believes that it is
+    # stored to where the function's results make an address.
+    total = tl.load(totals + every_e, mask=every_e < E, other=0)
     expert, block, position, num_pairs = _find_tile(
-        totals, tl.program_id(0), NUM_BLOCKS, E, POW2_E, WIDTHS[len(WIDTHS) - 1]
+        total, tl.program_id(0), NUM_BLOCKS, POW2_E, WIDTHS[len(WIDTHS) - 1]
     )
     if expert >= E:
         return
@@ -304,8 +306,12 @@ def _down_kernel(
     BLOCK_R: tl.constexpr,
 ):
     NUM_BLOCKS: tl.constexpr = (H_OUT + BLOCK_W - 1) // BLOCK_W
+    every_e = tl.arange(0, POW2_E)
+    # Loaded here and not in `_find_tile`: of a pointer that goes into a function Inductor believes that it is
+    # stored to where the function's results make an address.
+    total = tl.load(totals + every_e, mask=every_e < E, other=0)
     expert, block, position, num_pairs = _find_tile(
-        totals, tl.program_id(0), NUM_BLOCKS, E, POW2_E, WIDTHS[len(WIDTHS) - 1]
+        total, tl.program_id(0), NUM_BLOCKS, POW2_E, WIDTHS[len(WIDTHS) - 1]
     )
     if expert >= E:
         return

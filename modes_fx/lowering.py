@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
+
+from modes_fx.kernels.masked_moe import Call, masked_moe
 
 # Takes its arguments as one list, which it may empty (it says so with `_boxed_call`); returns its outputs.
 Compiled = Callable[[list[Any]], Sequence[Any]]
@@ -104,12 +108,48 @@ def source_digest() -> str:
 
 
 def decompose(gm: GraphModule, fake_inputs: Sequence[Any]) -> GraphModule:
-    """Trace a rewritten graph again, with Inductor's decompositions; plain functions become operators."""
+    """Trace a rewritten graph again, with Inductor's decompositions; plain functions become operators.
+
+    `masked_moe` on a GPU becomes its launches, see `masked_moe_traced`.
+    """
     from torch._inductor.decomposition import select_decomp_table
 
     mode = detect_fake_mode(fake_inputs) or contextlib.nullcontext()
+    table = {**select_decomp_table(), masked_moe: _functional_launches}
     with mode, preserve_node_meta():
-        return make_fx(Interpreter(gm).run, decomposition_table=select_decomp_table())(*fake_inputs)
+        return make_fx(Interpreter(gm).run, decomposition_table=table)(*fake_inputs)
+
+
+def _functional_launches(*args: Any, **kwargs: Any) -> Any:
+    if not args[0].is_cuda:
+        return NotImplemented
+    return dispatch_functionalize(_launches)(*args, **kwargs)
+
+
+def _launches(*args: Any, **kwargs: Any) -> Tensor:
+    from modes_fx.kernels._masked_moe_triton import masked_moe_traced
+
+    call = Call(*args, **kwargs)
+    # Sizes may be symbols; what is checked about them becomes a guard.
+    call.check()
+    return masked_moe_traced(call)
+
+
+def _trace_launches(mode: Any, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    """The same where AOTAutograd meets the operator: AOTInductor on a program from `modes_fx.rewrite`."""
+    from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+    # An exported program keeps the operator: it is the same program for every device.
+    if not args[0].is_cuda or custom_triton_ops_decomposition_disabled():
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+    with mode:
+        return _launches(*args, **(kwargs or {}))
+
+
+_library = torch.library.Library("modes_fx", "FRAGMENT")
+torch.library.register_torch_dispatch(
+    "modes_fx::masked_moe", FunctionalTensorMode, _trace_launches, lib=_library
+)
 
 
 @contextlib.contextmanager

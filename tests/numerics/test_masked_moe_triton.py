@@ -9,8 +9,8 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from modes_fx.kernels import _masked_moe_triton as lowering
 from modes_fx.kernels._gate_formula_triton import STEPS, compile_formula
+from modes_fx.kernels._masked_moe_tiles import is_decode, max_tiles
 from modes_fx.kernels.gate_formula import FUNCTIONS, OPERATORS, parse
-from modes_fx.kernels._masked_moe_tiles import TABLE, choose_class, is_decode, max_tiles
 from modes_fx.kernels.masked_moe import OTHER, Call, _cuda, keep_mask
 
 INTERPRETED = triton.knobs.runtime.interpret
