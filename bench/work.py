@@ -7,6 +7,7 @@ Widths are the models' own; nothing is computed, see counting.py.
 """
 
 import argparse
+import functools
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -49,6 +50,7 @@ class Counts:
         return (total.distinct_loaded.total() + total.distinct_stored.total()) / self.needed.bytes
 
 
+@functools.cache
 def count(case: Case, arch: int = 90) -> Counts:
     """Counts with the tiles of one architecture."""
     call = make_call(case)
