@@ -366,7 +366,7 @@ def test_with_zero_thresholds_nothing_is_dropped(typical, make_problem):
 def test_launches_no_more_than_the_unmodified_experts(experts, typical, launched, make_problem):
     """Operators of transformers' experts, each at least a launch, behind the same top-k.
 
-    Uncompiled they are 9 with batched_mm, as in decode, against 2; 16 with grouped_mm, as in prefill, against 6.
+    Uncompiled: 9 of batched_mm, as in decode, against 2; 16 of grouped_mm, as in prefill, against 6.
     """
     problem = make_problem(typical, torch.bfloat16)
     run(problem)
