@@ -26,7 +26,8 @@ class Case:
         skip: Wanted share of dropped pairs.
         vision: Share of vision tokens.
         only: Names of the peers to time; empty for all.
-        budget_s: Passes are repeated until this much time is gone.
+        budget_s: Passes are repeated until this much time is gone, and
+        least: at least so often.
     """
 
     family: str
@@ -42,6 +43,7 @@ class Case:
     vision: float
     only: tuple[str, ...] = ()
     budget_s: float = 3.0
+    least: int = 4
     layers: int = 1
     prompt: int = 0
 
@@ -61,8 +63,9 @@ class Case:
 
 _WIDTHS = ((512, 192), (1024, 768))
 _BLOCK = Case("", "block", "float32", "native", 512, 192, 128, 8, 1024, 0.0, 0.75)
-# Where torch's own products are emulated a call takes seconds: the strongest peers only.
+# Where a call takes seconds, the strongest peers, and those that targets name.
 _FEW = ("grouped_mm", "eager, dropped", "kt-kernel", "dense GEMM")
+_SOME = (*_FEW, "eager", "grouped_mm, compiled", "grouped_mm, dropped", "grouped_mm, zeroed", "pure read")
 
 
 def _prefill() -> list[Case]:
@@ -70,14 +73,18 @@ def _prefill() -> list[Case]:
     for hidden, inner in _WIDTHS:
         wide = replace(_BLOCK, family="block-prefill", hidden=hidden, intermediate=inner)
         for tokens in (1024, 4096):
-            at = replace(wide, tokens=tokens)
-            cases += [replace(at, skip=skip) for skip in SKIPS]
-            cases += [replace(at, dtype="bfloat16", skip=skip) for skip in SKIPS]
+            long = replace(wide, tokens=tokens)
+            if (hidden, tokens) == (1024, 4096):
+                long = replace(long, only=_SOME, least=3)
+            for dtype in ("float32", "bfloat16"):
+                cases += [replace(long, dtype=dtype, skip=skip) for skip in SKIPS]
+        # torch emulates products of bfloat16 here.
         emulated = replace(wide, dtype="bfloat16", cpu="avx2")
         if hidden == 512:
-            cases += [replace(emulated, skip=skip) for skip in SKIPS]
+            ends = {0.0, 0.88}
+            cases += [replace(emulated, skip=skip, only=() if skip in ends else _SOME) for skip in SKIPS]
         else:
-            cases += [replace(emulated, skip=skip, only=_FEW) for skip in (0.0, 0.88)]
+            cases += [replace(emulated, skip=skip, only=_FEW, least=3) for skip in (0.0, 0.88)]
     return cases
 
 
@@ -97,7 +104,7 @@ def _decode() -> list[Case]:
 
 def _model() -> list[Case]:
     at = Case("model-prefill", "model", "float32", "native", 512, 256, 64, 8, 512, 0.0, 0.75, layers=8)
-    prefill = [replace(at, skip=skip, budget_s=15.0) for skip in SKIPS]
+    prefill = [replace(at, skip=skip, budget_s=10.0) for skip in SKIPS]
     step = replace(at, family="model-decode", tokens=1, prompt=512)
     return prefill + [replace(step, skip=skip, budget_s=10.0) for skip in SKIPS]
 

@@ -363,7 +363,7 @@ def _entry(
         call = functools.partial(subject.call, model)
         is_kt = name == "kt-kernel"
         runs[name] = Run(call, prepare, kt_clock, KT_BEST_OF) if is_kt else Run(call, prepare)
-    spent = interleave(runs, budget_s=case.budget_s)
+    spent = interleave(runs, budget_s=case.budget_s, least=case.least)
     keeps = [subject.kept(number, quantiles) for number in samples]
     chosen, kept = (
         [

@@ -52,15 +52,24 @@ def speedup_table(table: Sequence[Entry]) -> str:
     lines.append(_row("distinct experts, chosen / kept", table, _distinct))
     lines.append(_row(f"**{OURS}**, ms", table, lambda entry: _ms(entry["ms"].get(OURS))))
     names = list(dict.fromkeys(name for entry in table for name in (*entry["ms"], *entry["absent"])))
-    peers = [name for name in names if name != OURS and name not in LIMITS]
+    # A row with nothing in it is named below the table.
+    peers = [
+        name
+        for name in names
+        if name != OURS and name not in LIMITS and any(name in entry["ms"] for entry in table)
+    ]
     lines += [_row(f"{name} / {OURS}", table, lambda entry, name=name: _over(entry, name)) for name in peers]
     lines += [
         _row(f"{OURS} / {name}", table, lambda entry, name=name: _under(entry, name))
         for name in names
-        if name in LIMITS
+        if name in LIMITS and any(name in entry["ms"] for entry in table)
     ]
-    reasons = dict.fromkeys(f"- {name}: {why}." for entry in table for name, why in entry["absent"].items())
-    return "\n".join([*lines, "", *reasons, *([""] if reasons else [])])
+    reasons: dict[str, dict[str, None]] = {}
+    for entry in table:
+        for name, why in entry["absent"].items():
+            reasons.setdefault(why, {})[name] = None
+    notes = [f"- {'; '.join(of)}: {why}." for why, of in reasons.items()]
+    return "\n".join([*lines, "", *notes, *([""] if notes else [])])
 
 
 def markdown(record: dict[str, Any], picture: str) -> str:
