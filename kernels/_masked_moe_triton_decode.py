@@ -165,11 +165,12 @@ def _decode_gate_up_kernel(
         for slot in range(K):
             at = token * K + slot
             there = at < num_pairs
-            score = tl.load(scores + at, mask=there, other=0)
-            kind = tl.zeros_like(at)
+            # Names of their own: a loop must not change the shape of what was there before.
+            slot_score = tl.load(scores + at, mask=there, other=0)
+            slot_kind = tl.zeros_like(at)
             if modality is not None:
-                kind += tl.load(modality + token, mask=there, other=0)
-            is_slot = is_kept(score, kind, alpha_text, alpha_vision, tau_text, tau_vision) & there
+                slot_kind += tl.load(modality + token, mask=there, other=0)
+            is_slot = is_kept(slot_score, slot_kind, alpha_text, alpha_vision, tau_text, tau_vision) & there
             is_slot = is_slot & (tl.load(experts + at, mask=there, other=-1) == e)
             scale = (tl.load(weights + at, mask=is_slot, other=0).to(tl.float32) * ratio)[None, :]
             a = first * scale + first_bias[:, None]
