@@ -83,7 +83,7 @@ class TileJob {
       const Element* first = expert + i * stride;
       const Element* second = GATED ? expert + second_row(a_, i) * a_.gate_up_stride : first + SIDE * stride;
       for (i64 p = 0; p < panels_; p += 2) {
-        multiply(first, second, stride, a_.hidden_size, x_ + p * a_.hidden_size / 2, p + 1 < panels_, p == 0, products);
+        multiply(first, second, stride, a_.hidden_size, x_ + p * a_.hidden_size / 2, p + 1 < panels_, fetch(p), products);
         for (i64 v = 0; v < 2 && p + v < panels_; v++)
           for (i64 j = 0; j < columns; j += 2) {
             vech values[2];
@@ -108,7 +108,7 @@ class TileJob {
       const Element* first = expert + h * stride;
       for (i64 p = 0; p < panels_; p += 2) {
         multiply(first, first + SIDE * stride, stride, a_.inner_size, y_ + p * a_.inner_size / 2, p + 1 < panels_,
-                 p == 0, products);
+                 fetch(p), products);
         for (i64 v = 0; v < 2 && p + v < panels_; v++) {
           const vec weight = load(weights_ + (p + v) * SIDE);
           const i64 num = std::min(SIDE, task_.rows - (p + v) * SIDE);
@@ -161,6 +161,9 @@ class TileJob {
       _tile_stored(3, products + 3 * SIDE * SIDE, 64);
     }
   }
+
+  // With one panel, memory is all that counts, and the processor's own prefetching does better.
+  bool fetch(i64 panel) const { return panel == 0 && panels_ > 1; }
 
   const Element* scale(const Element* from, float weight, Element* to) const {
     for (i64 k = 0; k < a_.hidden_size; k += LANES) store(to + k, load(from + k) * weight);
