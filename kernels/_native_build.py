@@ -24,11 +24,12 @@ SOURCES = Path(__file__).parent / "native"
 _COMMON = ["-O3", "-shared", "-fPIC", "-Wno-psabi"]
 # NaN and infinity keep their meaning; only errno and traps are given up.
 _KERNEL = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math"]
-_INSTRUCTIONS = {
-    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+INSTRUCTIONS = {
     "AVX2": ["-mavx2", "-mfma"],
+    "AVX512": _AVX512,
+    "AMX": [*_AVX512, "-mamx-tile", "-mamx-bf16"],
 }
-_MATRIX_UNIT = ["-mamx-tile", "-mamx-bf16"]
 
 
 class BuildError(RuntimeError):
@@ -112,16 +113,16 @@ def version() -> str:
 
 def instructions() -> list[str]:
     """Flags for the instruction set that torch itself uses here; ATEN_CPU_CAPABILITY lowers both."""
+    return INSTRUCTIONS.get(instruction_set(), [])
+
+
+def instruction_set() -> str:
+    """The widest set of `INSTRUCTIONS` that is there, or torch's name of another."""
     capability = torch.backends.cpu.get_cpu_capability()
-    if capability == "AVX512" and has_matrix_unit():
-        return _INSTRUCTIONS[capability] + _MATRIX_UNIT
-    return _INSTRUCTIONS.get(capability, [])
-
-
-@functools.cache
-def has_matrix_unit() -> bool:
-    """The CPU multiplies bfloat16 in tiles (AMX), and the operating system lets this process do so."""
-    return bool(torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
+    # A process has to ask the operating system for the matrix unit.
+    if capability == "AVX512" and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
+        return "AMX"
+    return capability
 
 
 def cache_folder() -> Path:

@@ -34,24 +34,16 @@ def run_native(monkeypatch):
     return lambda problem: masked_moe(**problem)
 
 
-def instruction_sets():
-    """By name, the flags of each set that this processor has, from the least on."""
-    here = native_build.instructions()
-    sets = {"none": []}
-    if "-mfma" in here:
-        sets["AVX2"] = native_build._INSTRUCTIONS["AVX2"]
-    if "-mavx512f" in here:
-        sets["AVX512"] = native_build._INSTRUCTIONS["AVX512"]
-    sets["all"] = here
-    return sets
+SETS = ["none", *native_build.INSTRUCTIONS]  # each holds those before it
 
 
-@pytest.fixture(params=["none", "AVX2", "AVX512", "all"], scope="module")
+@pytest.fixture(params=SETS, scope="module")
 def instructions(request):
     """Kernels of one instruction set in place of the usual ones."""
-    flags = instruction_sets().get(request.param)
-    if flags is None:
+    here = native_build.instruction_set()
+    if request.param != "none" and SETS.index(request.param) > (SETS.index(here) if here in SETS else 0):
         pytest.skip(f"this processor has no {request.param}")
+    flags = native_build.INSTRUCTIONS.get(request.param, [])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_build, "instructions", lambda: flags)
         for dtype in DTYPES:
