@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import Case
+from cases import GEMM, GEMM_FLOAT32, OURS, READ, Case
 from interleave import Run
 from kt_peer import KT_BEST_OF, Absent, KtExperts, Pool
 from memory import Regions
@@ -20,10 +20,7 @@ from torch import Tensor, nn
 
 from modes_fx.kernels.masked_moe import masked_moe, reference
 
-OURS = "modes_fx"
 LEFT_OUT = "left out here, for time"
-GEMM, READ = "dense GEMM", "pure read"
-LIMITS = (GEMM, READ)
 # The largest gather of weights, in bytes, that batched_mm is asked for; beyond it takes seconds.
 _GATHER = {"batched_mm": 4 << 28, "batched_mm, compiled": 4 << 29}
 _SMALL = 128
@@ -175,7 +172,8 @@ def make_peers(
         )
     except Absent as reason:
         absent["kt-kernel"] = str(reason)
-    peers[GEMM] = Peer(Products(case, weights), drops=True)
+    emulated = case.cpu == "avx2" and case.dtype == "bfloat16"
+    peers[GEMM_FLOAT32 if emulated else GEMM] = Peer(Products(case, emulated), drops=True)
     peers[READ] = Peer(lambda sample: sample.kept.read(), drops=True)
     if case.only:
         absent |= {name: LEFT_OUT for name in peers if name != OURS and name not in case.only}
@@ -199,14 +197,23 @@ def transformers_experts(case: Case, weights: Weights, implementation: str) -> A
 
 
 class Products:
-    """Two dense products with the FLOPs of the kept pairs: what a block costs where nothing but them is."""
+    """Two dense products with the FLOPs of the kept pairs: what a block costs where nothing but them is.
 
-    def __init__(self, case: Case, weights: Weights) -> None:
-        pairs, dtype = case.tokens * case.top_k, weights.down.dtype
-        self._up, self._down = weights.gate_up[0], weights.down[0]
-        self._x, self._y = (torch.randn(pairs, size).to(dtype) for size in (case.hidden, case.intermediate))
-        sizes = (2 * case.intermediate, case.hidden)
-        self._outputs = [torch.empty(pairs, size, dtype=dtype) for size in sizes]
+    Args:
+        wide: In float32, whatever the case's dtype.
+    """
+
+    def __init__(self, case: Case, wide: bool) -> None:
+        dtype = torch.float32 if wide else getattr(torch, case.dtype)
+        pairs, inputs, outputs = (
+            case.tokens * case.top_k,
+            (case.hidden, case.intermediate),
+            (2 * case.intermediate, case.hidden),
+        )
+        shapes = zip(outputs, inputs, strict=True)
+        self._up, self._down = (torch.randn(shape).to(dtype) for shape in shapes)
+        self._x, self._y = (torch.randn(pairs, size).to(dtype) for size in inputs)
+        self._outputs = [torch.empty(pairs, size, dtype=dtype) for size in outputs]
 
     def __call__(self, sample: Sample) -> None:
         kept = int(sample.routing.keep.sum())

@@ -3,6 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+OURS = "modes_fx"
+# A product with the FLOPs of the kept pairs (where bfloat16 is emulated, in float32, which is quicker), a read
+# of the kept experts' weights, a model whose experts cost nothing.
+GEMM, GEMM_FLOAT32, READ, NO_EXPERTS = "dense GEMM", "dense GEMM, float32", "pure read", "no experts"
+LIMITS = (GEMM, GEMM_FLOAT32, READ, NO_EXPERTS)
 SKIPS = (0.0, 0.50, 0.67, 0.83, 0.88)
 # "avx2": a process of its own, in which torch, oneDNN, MKL, Inductor and kt-kernel see no more than AVX2, as
 # on a CPU without bfloat16 units; "native": all there is.
@@ -64,8 +69,8 @@ class Case:
 _WIDTHS = ((512, 192), (1024, 768))
 _BLOCK = Case("", "block", "float32", "native", 512, 192, 128, 8, 1024, 0.0, 0.75)
 # Where a call takes seconds, the strongest peers, and those that targets name.
-_FEW = ("grouped_mm", "eager, dropped", "kt-kernel", "dense GEMM")
-_SOME = (*_FEW, "eager", "grouped_mm, compiled", "grouped_mm, dropped", "grouped_mm, zeroed", "pure read")
+_FEW = ("grouped_mm", "eager, dropped", "kt-kernel", GEMM, GEMM_FLOAT32, READ)
+_SOME = (*_FEW, "eager", "grouped_mm, compiled", "grouped_mm, dropped", "grouped_mm, zeroed")
 
 
 def _prefill() -> list[Case]:
@@ -110,7 +115,7 @@ def _model() -> list[Case]:
 
 
 def _overhead() -> list[Case]:
-    tiny = Case("op-overhead", "block", "float32", "native", 16, 16, 2, 1, 1, 0.0, 0.0, only=("pure read",))
+    tiny = Case("op-overhead", "block", "float32", "native", 16, 16, 2, 1, 1, 0.0, 0.0, only=(READ,))
     return [replace(tiny, budget_s=1.0)]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from targets import OURS
+from cases import OURS
 
 Record = dict[str, Any]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from block_peers import sweep
-from cases import Case
+from cases import NO_EXPERTS, OURS, Case
 from interleave import Run, interleave
 from kt_peer import KT_BEST_OF, Absent, KtExperts, Pool
 from memory import Regions
@@ -27,7 +27,6 @@ from modes_fx.profile import Profile
 from modes_fx.skipping import simulate
 from modes_fx.testing import IMAGE, SPECIAL, VOCABULARY, tiny_inputs, tiny_profile, tiny_qwen3_vl_moe
 
-OURS, NO_EXPERTS = "modes_fx", "no experts"
 _CODE = 64  # dimensions of the residual stream that hold a token's code
 _TOLERANCE = 1e-3  # of the norm of the logits; a weight right at a threshold may fall on either side
 _STEPS = 16  # tokens that take turns in decode

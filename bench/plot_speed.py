@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from report import LIMITS, OURS, tables
+from cases import OURS
+from report import tables
+from targets import limit
 
 _BASE = {"block": "grouped_mm", "model": "grouped_mm, compiled"}
-# (peer, label, colour, style), drawn where it was timed; the limit is the slower of those that were.
+# (peer, label, colour, style), drawn where it was timed.
 _LINES = (
     ("eager, dropped", "eager, dropped ids", "#c2452d", "-"),
     ("grouped_mm, compiled, dropped", "compiled grouped_mm, dropped ids", "#d9812b", "-"),
@@ -57,7 +59,6 @@ def plot(record: dict[str, Any], path: Path) -> None:
 def _panel(panel: Any, table: Sequence[dict[str, Any]]) -> None:
     case = table[0]["case"]
     base = _BASE[case["kind"]]
-    limits = [name for name in LIMITS if name in table[0]["ms"]]
     lines = [(OURS, OURS, "#2457a6", "-"), *_LINES]
     for name, label, colour, style in lines:
         points = [
@@ -67,12 +68,13 @@ def _panel(panel: Any, table: Sequence[dict[str, Any]]) -> None:
         ]
         if points:
             _line(panel, points, label, colour, style, width=2.2 if name == OURS else 1.2)
-    if limits and all(base in entry["ms"] for entry in table):
-        slower = [
-            (100 * entry["skip"], [entry["ms"][base][1] / max(entry["ms"][name][1] for name in limits)] * 3)
-            for entry in table
-        ]
-        _line(panel, slower, "limit (dense product, pure read, no experts)", "#000000", "--", width=1.2)
+    bounds = [
+        (100 * entry["skip"], [entry["ms"][base][1] / (least * entry["ms"][OURS][1])] * 3)
+        for entry in table
+        if base in entry["ms"] and (least := limit(entry)) is not None
+    ]
+    if bounds:
+        _line(panel, bounds, "limit: product, read, or no experts", "#000000", "--", width=1.2)
     panel.axhline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
     panel.set_yscale("log", base=2)
     panel.yaxis.set_major_formatter("{x:g}")

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+from cases import LIMITS, OURS
 from interleave import ratios, spread
 from targets import render_targets
-
-OURS = "modes_fx"
-LIMITS = ("dense GEMM", "pure read", "no experts")
 
 Entry = dict[str, Any]
 
@@ -50,6 +48,8 @@ def speedup_table(table: Sequence[Entry]) -> str:
         rates = [f"{entry['kept_pairs']} of {case['top_k']} kept" for entry in table]
     lines += ["| | " + " | ".join(rates) + " |", "|---" * (len(table) + 1) + "|"]
     lines.append(_row("distinct experts, chosen / kept", table, _distinct))
+    if "distinct_per_layer" in table[0]:
+        lines.append(_row("kept, layer by layer", table, _layers))
     lines.append(_row(f"**{OURS}**, ms", table, lambda entry: _ms(entry["ms"].get(OURS))))
     names = list(dict.fromkeys(name for entry in table for name in (*entry["ms"], *entry["absent"])))
     # A row with nothing in it is named below the table.
@@ -114,6 +114,10 @@ def _row(name: str, table: Sequence[Entry], cell: Any) -> str:
 
 def _distinct(entry: Entry) -> str:
     return " / ".join(f"{count:.3g}" for count in entry["distinct"])
+
+
+def _layers(entry: Entry) -> str:
+    return " ".join(f"{count:.2g}" for count in entry["distinct_per_layer"][1])
 
 
 def _ms(values: Sequence[float] | None) -> str:

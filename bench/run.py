@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import cases as data
-from cases import Case
+from cases import LIMITS, OURS, Case
 from machine import machine, rates, versions
 from report import markdown, speedup_table, tables, timings
 from targets import check_targets, render_targets
@@ -87,7 +87,7 @@ def run_block_cases(
 def _block_entry(
     case: Case, weights: Any, samples: Any, peers: Any, absent: dict[str, str]
 ) -> dict[str, Any]:
-    from block_peers import LIMITS, OURS, expected
+    from block_peers import expected
     from interleave import interleave
 
     rows = slice(min(case.tokens, _CHECKED))

@@ -207,6 +207,16 @@ def test_a_limit_is_read_the_other_way_round():
     assert not result["met"]
 
 
+def test_what_the_slowest_limit_allows_is_said():
+    ratios = {"b": [6, 6, 6], "dense GEMM": [0.1, 0.2, 0.3], "pure read": [0.5, 0.75, 0.8]}
+    many, few = entry(over_ours=ratios, tokens=64), entry(over_ours=ratios, tokens=1)
+    quick = Target("quick", {"family": ("a",)}, over("b"), least=7)
+    assert check_targets([many], [quick])[0]["limit_allows"] == 8
+    ratios["dense GEMM"] = [0.9, 0.96, 1.0]
+    assert check_targets([many], [quick])[0]["limit_allows"] == 6 / 0.96
+    assert check_targets([few], [quick])[0]["limit_allows"] == 8  # a product of one row is no limit
+
+
 def test_falls_compares_a_case_with_the_same_without_skipping():
     full, most = entry(ours=(8, 9, 10)), entry(skip=0.5, ours=(1, 3, 4))
     assert falls(most, [full, most]) == [2, 3, 10]
