@@ -243,7 +243,8 @@ def main() -> None:
         print("To accept all of them: python bench/check.py --update, and commit bench/expected.csv.")
     else:
         print(f"All {len(findings)} numbers are as expected.")
-    print(*broken, sep="\n")
+    for promise in broken:
+        print(promise)
     sys.exit(1 if broken or (problems and not options.update) else 0)
 
 
