@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 OURS = "modes_fx"
-# A product with the FLOPs of the kept pairs (where bfloat16 is emulated, in float32, which is quicker), a read
-# of the kept experts' weights, a model whose experts cost nothing.
+# A product with the FLOPs of the kept pairs (where bfloat16 is emulated, in float32, which is quicker); a
+# read of the kept experts' weights; a model whose experts cost nothing.
 GEMM, GEMM_FLOAT32, READ, NO_EXPERTS = "dense GEMM", "dense GEMM, float32", "pure read", "no experts"
 LIMITS = (GEMM, GEMM_FLOAT32, READ, NO_EXPERTS)
 SKIPS = (0.0, 0.50, 0.67, 0.83, 0.88)

@@ -36,11 +36,16 @@ int evict(size_t count, const char** starts, const size_t* sizes) {
 #endif
 }
 
+/* Large regions are read in eight places at once, which keeps more of the memory busy. */
 uint64_t read_bytes(size_t count, const char** starts, const size_t* sizes) {
     uint64_t sum = 0;
     for (size_t i = 0; i < count; i++) {
         const uint64_t* words = (const uint64_t*)starts[i];
-        for (size_t at = 0; at < sizes[i] / 8; at++) sum += words[at];
+        size_t size = sizes[i] / 8, part = sizes[i] < (1 << 20) ? 0 : size / 64 * 8;
+        for (size_t at = 0; at < part; at += 8)
+            for (size_t place = 0; place < 8; place++)
+                for (size_t word = 0; word < 8; word++) sum += words[place * part + at + word];
+        for (size_t at = 8 * part; at < size; at++) sum += words[at];
     }
     return sum;
 }
@@ -72,7 +77,7 @@ class Regions:
             raise RuntimeError("bench/memory.py can empty caches on x86-64 only.")
 
     def read(self) -> int:
-        """Read each byte once, in order, on the calling thread; returns their sum as 64-bit words."""
+        """Read each byte once, on the calling thread; returns their sum as 64-bit words."""
         total: int = _library().read_bytes(*self._arguments)
         return total
 
