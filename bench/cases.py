@@ -79,8 +79,8 @@ def _prefill() -> list[Case]:
         wide = replace(_BLOCK, family="block-prefill", hidden=hidden, intermediate=inner)
         for tokens in (1024, 4096):
             long = replace(wide, tokens=tokens)
-            if (hidden, tokens) == (1024, 4096):
-                long = replace(long, only=_SOME, least=3)
+            if tokens == 4096:
+                long = replace(long, only=_SOME, least=3 if hidden == 1024 else 4)
             for dtype in ("float32", "bfloat16"):
                 cases += [replace(long, dtype=dtype, skip=skip) for skip in SKIPS]
         # torch emulates products of bfloat16 here.
@@ -103,15 +103,15 @@ def _decode() -> list[Case]:
             # One token keeps a whole number of its 8 pairs: 8 of 8 to 1 of 8.
             cases += [replace(at, tokens=1, skip=dropped / 8, budget_s=1.0) for dropped in range(8)]
             for tokens in (2, 4, 8, 16):
-                cases += [replace(at, tokens=tokens, skip=skip, budget_s=2.0) for skip in SKIPS]
+                cases += [replace(at, tokens=tokens, skip=skip, budget_s=1.5) for skip in SKIPS]
     return cases
 
 
 def _model() -> list[Case]:
     at = Case("model-prefill", "model", "float32", "native", 512, 256, 64, 8, 512, 0.0, 0.75, layers=8)
-    prefill = [replace(at, skip=skip, budget_s=10.0) for skip in SKIPS]
+    prefill = [replace(at, skip=skip, budget_s=8.0) for skip in SKIPS]
     step = replace(at, family="model-decode", tokens=1, prompt=512)
-    return prefill + [replace(step, skip=skip, budget_s=10.0) for skip in SKIPS]
+    return prefill + [replace(step, skip=skip, budget_s=8.0) for skip in SKIPS]
 
 
 def _overhead() -> list[Case]:
