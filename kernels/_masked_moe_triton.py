@@ -13,6 +13,9 @@ pairs are neither written nor loaded.
 Letters: T tokens, K slots, P = T * K pairs (pair p is slot p % K of token p // K), E experts, H hidden size,
 I intermediate size, N rows of gate_up (2I, or I without a gate), H_out width of the result. A position is an
 index into `order`, R of them are filled.
+
+Scan and place stay two launches: in one, each of the C programs that place would read the counts of all C
+chunks, which grows with the square of the number of tokens.
 """
 
 from collections.abc import Callable

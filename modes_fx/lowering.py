@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
 from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
@@ -139,8 +139,10 @@ def _trace_launches(mode: Any, op: Any, types: Any, args: Any = (), kwargs: Any 
     """The same where AOTAutograd meets the operator: AOTInductor on a program from `modes_fx.rewrite`."""
     from torch.export._trace import custom_triton_ops_decomposition_disabled
 
-    # An exported program keeps the operator: it is the same program for every device.
-    if not args[0].is_cuda or custom_triton_ops_decomposition_disabled():
+    # An exported program keeps the operator: it is the same program for every device. And tensors of a
+    # subclass, say distributed ones, have no place in a launch.
+    is_plain = set(types) <= {Tensor, FakeTensor, FunctionalTensor}
+    if not (args[0].is_cuda and is_plain) or custom_triton_ops_decomposition_disabled():
         return mode.__torch_dispatch__(op, types, args, kwargs)
     with mode:
         return _launches(*args, **(kwargs or {}))
