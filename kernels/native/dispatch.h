@@ -13,6 +13,8 @@
 
 // Tokens of one expert that are multiplied together: what is gathered of them stays in a core's cache.
 constexpr i64 MAX_ROWS = 96;
+// Columns that go to one thread at a time, where experts are too few to go around.
+constexpr i64 SPLIT = 32;
 
 using Arguments = ArgumentsOf<Element>;
 

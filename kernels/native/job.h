@@ -9,6 +9,7 @@
 
 // From so many tokens on, a vector with idle lanes is quicker than rows.
 constexpr i64 WORTH_A_PANEL = LANES * 11 / 16;
+constexpr i64 PAGE = 4096;
 // Columns of the formula's value that a tile gives.
 constexpr i64 COLUMNS = GATED ? HALF : ROWS;
 
@@ -70,24 +71,27 @@ class Job {
 
   // Columns [begin, end) of what the formula gives; `begin` is a multiple of SPLIT.
   void gate_up(i64 begin, i64 end, float* scratch) {
+    const i64 S = spread();
     for (i64 i = begin; i < end; i += COLUMNS) {
-      // The last tile reaches back over columns that are there already.
-      const i64 at = std::min(i, a_.inner_size - COLUMNS), next = i + COLUMNS;
-      const Ahead ahead = next < end ? ahead_of(gate_up_weights(next)) : ahead_of(down_weights(0));
+      const i64 at = column(i, S), next = i + COLUMNS;
+      const Ahead ahead = ahead_of(next < end ? gate_up_weights(column(next, S), S) : down_weights(0));
       multiply(
-          gate_up_weights(at), a_.hidden_size, x_tokens_, ahead, scratch,
+          gate_up_weights(at, S), a_.hidden_size, x_tokens_, ahead, scratch,
           [&](i64 panel, auto& sums) {
             for (i64 j = 0; j < COLUMNS; j++)
               for (i64 v = 0; v < i64(std::size(sums[0])); v++) {
-                const vec first = sums[j][v] + first_bias_[at + j];
-                const vec second = GATED ? sums[(j + COLUMNS) % ROWS][v] + second_bias_[at + j] : vec{};
-                store(y_ + ((panel + v) * inner_ + at + j) * LANES, formula(first, second));
+                const i64 c = at + j * S;
+                const vec first = sums[j][v] + first_bias_[c];
+                const vec second = GATED ? sums[(j + COLUMNS) % ROWS][v] + second_bias_[c] : vec{};
+                store(y_ + ((panel + v) * inner_ + c) * LANES, formula(first, second));
               }
           },
           [&](i64 t, auto& sums) {
             for (auto& row : sums) {
-              memcpy(first_rest_ + t * inner_ + at, row, COLUMNS * 4);
-              if (GATED) memcpy(second_rest_ + t * inner_ + at, row + COLUMNS % ROWS, COLUMNS * 4);
+              for (i64 j = 0; j < COLUMNS; j++) {
+                first_rest_[t * inner_ + at + j * S] = row[j];
+                if (GATED) second_rest_[t * inner_ + at + j * S] = row[(j + COLUMNS) % ROWS];
+              }
               t++;
             }
           });
@@ -104,7 +108,8 @@ class Job {
   void down(i64 begin, i64 end, float* scratch) {
     const i64 stride = a_.output_size;
     for (i64 i = begin; i < end; i += ROWS) {
-      const i64 h = std::min(i, a_.output_size - ROWS);
+      // The last tile reaches back over columns that are there already.
+      const i64 h = std::min(i, stride - ROWS);
       const Ahead ahead = i + ROWS < end ? ahead_of(down_weights(i + ROWS)) : Ahead();
       multiply(
           down_weights(h), a_.inner_size, y_tokens_, ahead, scratch,
@@ -132,16 +137,32 @@ class Job {
   }
 
  private:
-  Weights<Element> gate_up_weights(i64 column) const {
+  // A processor fetches ahead along one run of addresses in each page. So the rows of a tile are taken from
+  // different pages: every S-th of a group of S * COLUMNS columns.
+  i64 spread() const {
+    i64 S = 1;
+    const i64 row = a_.hidden_size * i64(sizeof(Element));
+    while (2 * S * COLUMNS <= SPLIT && 2 * S * row <= PAGE && a_.inner_size % (2 * S * COLUMNS) == 0) S *= 2;
+    return S;
+  }
+  // The first column of the tile that stands at `i`; the last tile may reach back over columns that are there.
+  i64 column(i64 i, i64 S) const {
+    const i64 group = S * COLUMNS;
+    return S == 1 ? std::min(i, a_.inner_size - COLUMNS) : i / group * group + i % group / COLUMNS;
+  }
+
+  Weights<Element> gate_up_weights(i64 column, i64 S) const {
     const Element* expert = a_.gate_up + task_.expert * a_.gate_up_expert_stride;
     const i64 stride = first_row(a_, 1) * a_.gate_up_stride;
     const Element* first = expert + column * stride;
-    return {first, GATED ? expert + second_row(a_, column) * a_.gate_up_stride : first + HALF * stride, stride};
+    const Element* second = GATED ? expert + second_row(a_, column) * a_.gate_up_stride : first + HALF * S * stride;
+    return {first, second, S * stride};
   }
   Weights<Element> down_weights(i64 h) const {
     const Element* first = a_.down + task_.expert * a_.down_expert_stride + h * a_.down_stride;
     return {first, first + HALF * a_.down_stride, a_.down_stride};
   }
+
   // Where a token of this task comes from; past the last, the last once more.
   const Element* source(i64 t, float& scale) const {
     const i64 at = task_.first + std::min(t, task_.rows - 1);

@@ -17,9 +17,6 @@
 
 // Weight bytes that one thread reads before another is woken for it.
 constexpr i64 BYTES_PER_THREAD = 1 << 20;
-// Weight rows that go to one thread at a time, where experts are too few to go around.
-constexpr i64 SPLIT = 32;
-
 static void combine(const Arguments& a, const Dispatch& d, const Element* rows, i64 token) {
   const i64 O = a.output_size;
   Element* out = a.out + token * O;
