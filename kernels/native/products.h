@@ -153,8 +153,9 @@ static inline void multiply(const Weights<T>& w, i64 K, const Tokens& x, const A
   if (tiles == 1 && x.num_panels == 0) return rest(w);
   const Weights<float> wide = widened(w, K, scratch);
   i64 v = 0;
-  while (v + PANELS_AT_ONCE <= x.num_panels) v = panels(wide, v, Size<PANELS_AT_ONCE>());
-  if (x.num_panels - v == 2) panels(wide, v, Size<2>());
+  // Four are two and two: three and one would leave a tile with few sums under way.
+  while (v + PANELS_AT_ONCE <= x.num_panels && x.num_panels - v != 4) v = panels(wide, v, Size<PANELS_AT_ONCE>());
+  while (x.num_panels - v >= 2) v = panels(wide, v, Size<2>());
   if (x.num_panels - v == 1) panels(wide, v, Size<1>());
   rest(wide);
 }
