@@ -4,13 +4,17 @@ On fake CUDA tensors, with a GPU that is described and not there. Triton must no
 once per process, so a child process does the work: this file, run as a script.
 """
 
+import ast
 import contextlib
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -85,6 +89,8 @@ def static(num_tokens: int, bias: bool = False, activation: str = "silu(gate) * 
         gm = decompose(block(inputs, activation), given)
         result: dict[str, Any] = {"launches": launches(gm)}
         code = inductor_code(gm, given, mode)
+    with tempfile.TemporaryDirectory() as folder:
+        result["compiled"] = compile_written(code, Path(folder)) if num_tokens <= 16 else []
     result["runs"] = re.findall(r"^ +(\w+)\.run\(", code, re.MULTILINE)
     result["copies"] = len(re.findall(r"copy_|clone", code))
     return result | {"formulas": re.findall(r"^def formula\(.*\n(?:    .*\n)+", code, re.MULTILINE)}
@@ -128,6 +134,27 @@ def inductor_code(gm: GraphModule, inputs: list[Tensor], mode: FakeTensorMode) -
             graph.run(*inputs)
             code: str = graph.codegen()[0].value
     return code
+
+
+def compile_written(code: str, folder: Path) -> list[str]:
+    """Compile our kernels in Inductor's code for `ARCH`, from their source there; which compiled."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    compiled = []
+    for name, written in re.findall(r"async_compile\.triton\('(_\w+)', '''(.*?)'''", code, re.DOTALL):
+        description = re.search(r"triton_meta=(.*?),\n *filename", written, re.DOTALL)
+        assert description is not None
+        # A literal but for the description of the device.
+        meta = ast.literal_eval(re.sub(r"DeviceProperties\(.*?\)", "None", description[1]))
+        file = folder / f"{name}.py"
+        kernel_source = written[written.index("@triton.jit") :]
+        file.write_text(f"import triton\nimport triton.language as tl\n{kernel_source}")
+        function = runpy.run_path(str(file))[name]
+        source = ASTSource(function, meta["signature"], meta["constants"], meta["configs"][0])
+        compiled.append(triton.compile(source, target=GPUTarget("cuda", ARCH, 32)).metadata.name)
+    return compiled
 
 
 @contextlib.contextmanager
@@ -217,6 +244,10 @@ def test_inductor_writes_the_launches_and_no_copies(traced):
         # The relu before and the addition after.
         assert len(runs) == len(names) + 2
         assert traced[case]["copies"] == 0
+
+
+def test_what_inductor_writes_compiles(traced):
+    assert traced["few"]["compiled"] == FEW
 
 
 def test_inductor_copies_the_formula_into_the_code(traced):
