@@ -100,9 +100,10 @@ def cache_key(profile_digest: str) -> contextlib.AbstractContextManager[Any]:
 def source_digest() -> str:
     """sha256 over the files of passes/ and kernels/."""
     digest = hashlib.sha256()
-    for folder in ("passes", "kernels"):
-        for path in sorted((Path(__file__).parent / folder).glob("*.py")):
-            digest.update(f"{folder}/{path.name}\0".encode())
+    root = Path(__file__).parent
+    for pattern in ("passes/*.py", "kernels/*.py", "kernels/native/*.*"):
+        for path in sorted(root.glob(pattern)):
+            digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
