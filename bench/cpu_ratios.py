@@ -9,7 +9,9 @@ float32; one thread, medians of 9 passes.
 """
 
 import argparse
+import functools
 import sys
+from typing import Any
 
 import torch
 from interleave import Run, interleave, ratios
@@ -19,11 +21,11 @@ from modes_fx.kernels._masked_moe_torch import masked_moe_torch
 from modes_fx.kernels.masked_moe import Call, masked_moe
 
 EXPERTS, SLOTS, HIDDEN, INNER = 128, 8, 512, 192
-# By tokens: the most that the native kernel may take of torch's time, and a call that drops 88 % of a full one.
+# By tokens: the most that native may take of torch's time, and a call that drops 88 % of a full one's.
 BOUNDS = {1: (0.8, 0.5), 16: (0.9, 0.45), 256: (1.0, 0.85), 1024: (1.0, 0.7)}
 
 
-def problems(tokens: int, generator: torch.Generator) -> list[dict]:
+def problems(tokens: int, generator: torch.Generator) -> list[dict[str, Any]]:
     """The op's arguments for the same rows, with nothing dropped and with 88 % dropped."""
     scores, experts = torch.rand(tokens, EXPERTS, generator=generator).softmax(-1).topk(SLOTS)
     weights = torch.randn(EXPERTS, 2 * INNER, HIDDEN), torch.randn(EXPERTS, HIDDEN, INNER)
@@ -33,6 +35,14 @@ def problems(tokens: int, generator: torch.Generator) -> list[dict]:
     # All of a token's pairs but the first, for one token: the quantile of 8 values.
     cut = scores.flatten().quantile(0.88).item()
     return [tensors | dict.fromkeys(("tau_text", "tau_vision"), tau) for tau in (0.0, cut)]
+
+
+def native(problem: dict[str, Any], _sample: int) -> None:
+    masked_moe(**problem)
+
+
+def on_torch(problem: dict[str, Any], _sample: int) -> None:
+    masked_moe_torch(Call(**problem))
 
 
 def main() -> None:
@@ -50,12 +60,12 @@ def main() -> None:
         full, skipped = (problem | one for problem in problems(tokens, generator))
         torch.testing.assert_close(masked_moe(**full), masked_moe_torch(Call(**full)), rtol=1e-4, atol=1e-2)
         runs = {
-            "native": Run(lambda _, p=full: masked_moe(**p)),
-            "torch": Run(lambda _, p=full: masked_moe_torch(Call(**p))),
-            "skipped": Run(lambda _, p=skipped: masked_moe(**p)),
+            "native": Run(functools.partial(native, full)),
+            "torch": Run(functools.partial(on_torch, full)),
+            "skipped": Run(functools.partial(native, skipped)),
         }
-        interleave(runs, budget_s=0, least=2)
-        spent = interleave(runs, budget_s=0, least=9)
+        interleave(runs, budget_s=0, least=2, most=2)
+        spent = interleave(runs, budget_s=0, least=9, most=9)
         shown = []
         for over, under, bound in zip(("native", "skipped"), ("torch", "native"), bounds, strict=True):
             low, median, high = ratios(spent[over], spent[under])

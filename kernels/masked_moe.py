@@ -5,8 +5,8 @@
     expert(x)  = formula(x @ gate_up) @ down      as silu(gate) * up, see `gate_formula`
 
 This is the contract between `passes` (which write this one node per block) and the lowerings (on a CPU
-`native/` and `_masked_moe_torch.py`, on a GPU `_masked_moe_triton.py`). `reference` below is the specification.
-The rule is eq. 3 and 5 of the MoDES paper (arXiv 2511.15690); kept weights are not re-normalised unless
+`native/` and `_masked_moe_torch.py`, on a GPU `_masked_moe_triton.py`). `reference` below specifies it. The
+rule is eq. 3 and 5 of the MoDES paper (arXiv 2511.15690); kept weights are not re-normalised unless
 `renormalise` is set, and nothing protects the first choice: a token that loses all its pairs gets zero.
 
 Imports torch alone, so that a compiler process which only traces never loads Triton.
