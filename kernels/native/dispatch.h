@@ -91,6 +91,7 @@ class Arena {
     const i64 bytes = (count * i64(sizeof(T)) + 63) / 64 * 64;
     char* at = reinterpret_cast<char*>(memory_.get()) + used_;
     used_ += bytes;
+    if (used_ > size_) std::abort();  // `reset` was given less than is taken
     return reinterpret_cast<T*>(at);
   }
   // Forget what was taken; room for `bytes`.

@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -56,6 +57,7 @@ Tensor masked_moe(const Tensor& hidden, const Tensor& scores, const Tensor& weig
   auto takes = [&] {
     if (!entry || !is_float(hidden) || hidden.dim() != 2 || scores.dim() != 2 || down.dim() != 3) return false;
     const i64 T = hidden.size(0), H = hidden.size(1), K = scores.size(1);
+    if (T * K > std::numeric_limits<int32_t>::max()) return false;
     const i64 E = down.size(0), O = down.size(1), I = down.size(2), N = entry->is_gated ? 2 * I : I;
     auto fits = [&](const Maybe& bias, i64 size) {
       return !bias || (bias->scalar_type() == dtype && has_shape(*bias, {E, size}));

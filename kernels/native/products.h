@@ -60,26 +60,36 @@ static inline Ahead ahead_of(const Weights<T>& w) {
 template <int V>
 static inline void panel_tile(const Weights<float>& w, i64 K, const float* x, i64 panel_size, const Ahead& ahead,
                               vec (&sums)[ROWS][V]) {
-  vec acc[ROWS][V] = {};
+  // Enough sums under way to hide the latency of each.
+  constexpr int CHAINS = V == 1 ? 2 : 1;
+  vec acc[CHAINS][ROWS][V] = {};
   const i64 stride = w.stride;
+  auto add = [&](i64 k, int chain) {
+    const float *first = w.first + k, *second = w.second + k;
+    vec lanes[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) lanes[v] = load(x + v * panel_size + k * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+      const vec weight = splat(r < HALF ? first[r * stride] : second[(r - HALF) * stride]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) acc[chain][r][v] += weight * lanes[v];
+    }
+  };
   for (i64 start = 0; start < K; start += STEP) {
     ahead.fetch(start);
     const i64 end = start + STEP < K ? start + STEP : K;
-    for (i64 k = start; k < end; k++) {
-      const float *first = w.first + k, *second = w.second + k;
-      vec lanes[V];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) lanes[v] = load(x + v * panel_size + k * LANES);
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; r++) {
-        const vec weight = splat(r < HALF ? first[r * stride] : second[(r - HALF) * stride]);
-#pragma GCC unroll 8
-        for (int v = 0; v < V; v++) acc[r][v] += weight * lanes[v];
-      }
-    }
+    i64 k = start;
+    for (; k + CHAINS <= end; k += CHAINS)
+#pragma GCC unroll 2
+      for (int chain = 0; chain < CHAINS; chain++) add(k + chain, chain);
+    if (k < end) add(k, 0);
   }
   for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < V; v++) sums[r][v] = acc[r][v];
+    for (int v = 0; v < V; v++) {
+      sums[r][v] = acc[0][r][v];
+      if (CHAINS == 2) sums[r][v] += acc[CHAINS - 1][r][v];
+    }
 }
 
 template <int M, class T>
