@@ -76,5 +76,7 @@ def test_a_graph_with_the_tokens_of_two_sequences_is_declined():
 # Llama 4 chooses one expert of eight: a rounding in one layer may turn the choice of the next.
 @pytest.mark.parametrize("name", [name for name in NAMED if name not in ("ernie4_5_vl_moe", "llama4")])
 def test_in_bfloat16(name, oracle, half):
-    cell = cover(FAMILIES[name], WAYS["decoder"], entered(oracle), half, dtype=torch.bfloat16)
-    check(name, "decoder", cell, atol=2e-2)
+    way, bfloat16 = WAYS["decoder"], {"dtype": torch.bfloat16, "may_turn": 1}
+    cell = cover(FAMILIES[name], way, entered(oracle), half, **bfloat16)
+    # Logits are about 2, whose last bit in bfloat16 is 2^-6; experts and models round at other places.
+    check(name, "decoder", cell, atol=5e-2)
