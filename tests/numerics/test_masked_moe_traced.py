@@ -92,7 +92,9 @@ def static(num_tokens: int, bias: bool = False, activation: str = "silu(gate) * 
     with tempfile.TemporaryDirectory() as folder:
         result["compiled"] = compile_written(code, Path(folder)) if num_tokens <= 16 else []
     result["runs"] = re.findall(r"^ +(\w+)\.run\(", code, re.MULTILINE)
-    result["copies"] = len(re.findall(r"copy_|clone", code))
+    # Not in comments, which name files, in whatever folder they lie.
+    statements = re.sub(r"#.*", "", code)
+    result["copies"] = len(re.findall(r"copy_|clone", statements))
     return result | {"formulas": re.findall(r"^def formula\(.*\n(?:    .*\n)+", code, re.MULTILINE)}
 
 
