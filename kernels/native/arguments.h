@@ -10,13 +10,13 @@ using i64 = int64_t;
 template <class Element>
 struct ArgumentsOf {
   i64 tokens, slots, experts, hidden_size, inner_size, output_size;
-  const Element* hidden;         // [T, H], rows `hidden_stride` apart
+  const Element* hidden;  // [T, H], rows `hidden_stride` apart
   i64 hidden_stride;
   const void *scores, *weights;  // [T, K], float32 or bfloat16
-  i64 scores_are_bfloat16, weights_are_bfloat16;
-  const i64* ids;                // [T, K]
-  const uint8_t* modality;       // [T], or null where all is text
-  const Element *gate_up, *down; // [E, N, H] and [E, O, I], rows contiguous, strides in elements
+  bool scores_are_bfloat16, weights_are_bfloat16;
+  const i64* ids;           // [T, K]
+  const uint8_t* modality;  // [T], or null where all is text
+  const Element *gate_up, *down;  // [E, N, H] and [E, O, I], rows contiguous, strides in elements
   i64 gate_up_expert_stride, gate_up_stride, down_expert_stride, down_stride;
   const Element *gate_up_bias, *down_bias;  // [E, N], [E, O], or null
   Element* out;                             // [T, O]

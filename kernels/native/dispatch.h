@@ -29,7 +29,7 @@ struct Dispatch {
   std::vector<Task> tasks;        // largest first
 };
 
-static inline float read(const void* values, i64 are_bfloat16, i64 i) {
+static inline float read(const void* values, bool are_bfloat16, i64 i) {
   return are_bfloat16 ? widen(static_cast<const bfloat16*>(values)[i]) : static_cast<const float*>(values)[i];
 }
 

@@ -17,6 +17,7 @@
 
 // Weight bytes that one thread reads before another is woken for it.
 constexpr i64 BYTES_PER_THREAD = 1 << 20;
+
 static void combine(const Arguments& a, const Dispatch& d, const Element* rows, i64 token) {
   const i64 O = a.output_size;
   Element* out = a.out + token * O;
