@@ -128,8 +128,8 @@ def explain(profile: ProfileArgument, model: ModelOption = "demo", batches: Batc
 
     loaded_profile = modes_fx.Profile.load(profile)
     loaded, processor = _load(model)
-    inputs = dict(_batches(model, batches, 1, processor)[0])
-    inputs.pop("labels")
+    batch = _batches(model, batches, 1, processor)[0]
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "task")}
     report = modes_fx.explain(loaded, loaded_profile, **inputs)  # type: ignore[attr-defined]
     typer.echo(str(report))
 

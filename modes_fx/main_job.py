@@ -174,7 +174,7 @@ def _compare_policies(
 def _accuracy(test: Sequence[Any], measured: Measured) -> dict[str, float]:
     """Exact match per task, and their unweighted mean as `mean`."""
     right: dict[str, list[bool]] = defaultdict(list)
-    tasks = [task for batch in test for task in batch.tasks]
+    tasks = [task for batch in test for task in batch["task"]]
     for task, verdict in zip(tasks, measured.right, strict=True):
         right[task].append(verdict)
     scores = {task: sum(right[task]) / len(right[task]) for task in demo.TASKS if task in right}

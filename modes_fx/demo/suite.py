@@ -24,24 +24,23 @@ IGNORED = -100  # the label of a token that carries no loss
 SEED_STRIDE = 1_000_000  # samples of two seeds never meet
 
 
-class Batch(dict[str, "Tensor"]):
-    """Keyword inputs of the model, `labels` among them, so that `model(**batch)` returns a loss.
+class Batch(dict[str, Any]):
+    """Keyword inputs of the model, `labels`, and `task`, the name of each row's task (a list of B texts).
 
     `input_ids`, `attention_mask`, `mm_token_type_ids` and `labels` are `[B, L]` int64, padded on the right;
     `pixel_values` is `[B * patches, 384]` float32 and `image_grid_thw` `[B, 3]`. Labels are -100 except on
-    the answer and its `<|im_end|>`. `tasks`, `prompts` (the questions) and `answers` hold one text a row.
+    the answer and its `<|im_end|>`. `prompts` (the questions) and `answers` hold one text a row.
     """
 
     def __init__(self, inputs: dict[str, Tensor], samples: Sequence[Sample]) -> None:
-        super().__init__(inputs)
-        self.tasks = [sample.task for sample in samples]
+        super().__init__(inputs, task=[sample.task for sample in samples])
         self.prompts = [sample.question for sample in samples]
         self.answers = [sample.answer for sample in samples]
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """The inputs without the labels."""
-        return {name: tensor for name, tensor in self.items() if name != "labels"}
+        """What the model is called with: neither the labels nor the tasks."""
+        return {name: tensor for name, tensor in self.items() if name not in ("labels", "task")}
 
 
 @lru_cache(maxsize=1)
@@ -107,11 +106,11 @@ def accuracy(model: PreTrainedModel | Any, batches: Iterable[Batch]) -> dict[str
     right: dict[str, list[bool]] = defaultdict(list)
     device = next(model.parameters()).device
     for batch in batches:
-        inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+        inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
         with torch.no_grad():
             chosen = model(**inputs).logits[:, :-1].argmax(-1).cpu()
         gold = batch["labels"][:, 1:]
-        for task, verdict in zip(batch.tasks, ((chosen == gold) | (gold == IGNORED)).all(1), strict=True):
+        for task, verdict in zip(batch["task"], ((chosen == gold) | (gold == IGNORED)).all(1), strict=True):
             right[task].append(bool(verdict))
     scores = {task: float(np.mean(right[task])) for task in TASKS if task in right}
     return scores | {"mean": float(np.mean(list(scores.values())))}

@@ -23,7 +23,7 @@ def loaded():
 def test_prefill_and_sixteen_tokens_equal_the_oracle(skip, loaded, oracle, thresholds_at):
     original, calibrated = loaded
     model = copy.deepcopy(original)
-    batch = demo.batches("test", 13)[0]
+    batch = demo.batches("test", 13)[0].inputs
     profile = thresholds_at(model, calibrated, batch, skip)
     with_picture, _ = demo.question("test", 0)
     without, _ = demo.question("test", 1, picture=False)

@@ -152,12 +152,12 @@ def test_render_is_a_picture():
 
 def test_batch_contents():
     suite = demo.batches("calibration", 26, batch_size=8)
-    assert sum(len(batch.tasks) for batch in suite) == 26
-    assert sorted(task for batch in suite for task in batch.tasks) == sorted(demo.TASKS * 2)
+    assert sum(len(batch["task"]) for batch in suite) == 26
+    assert sorted(task for batch in suite for task in batch["task"]) == sorted(demo.TASKS * 2)
     assert len({batch["input_ids"].shape[1] for batch in suite}) == 1
     for batch in suite:
-        rows = len(batch.tasks)
-        assert set(batch) == INPUTS | {"labels"} and set(batch.inputs) == INPUTS
+        rows = len(batch["task"])
+        assert set(batch) == INPUTS | {"labels", "task"} and set(batch.inputs) == INPUTS
         assert rows == len(batch.prompts) == len(batch.answers) == len(batch["input_ids"]) <= 8
         assert batch["labels"].shape == batch["input_ids"].shape == batch["attention_mask"].shape
         assert len(batch["pixel_values"]) == int(batch["image_grid_thw"].prod(-1).sum())
@@ -182,14 +182,16 @@ def test_labels_are_the_answer_and_its_end(loaded):
 def test_batches_are_deterministic():
     first, again = (demo.batches("test", 13, batch_size=5) for _ in range(2))
     for one, other in zip(first, again, strict=True):
-        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert one["task"] == other["task"]
+        assert all(torch.equal(one[name], other[name]) for name in INPUTS | {"labels"})
     assert demo.batches("test", 13, seed=1)[0].prompts != demo.batches("test", 13)[0].prompts
 
 
 def test_grey_changes_pixels_only():
     plain, grey = (demo.batches("test", 13, grey=flag)[0] for flag in (False, True))
     assert float(grey["pixel_values"].std()) < 1e-6
-    assert all(torch.equal(plain[name], grey[name]) for name in plain if name != "pixel_values")
+    assert all(torch.equal(plain[name], grey[name]) for name in INPUTS - {"pixel_values"})
+    assert torch.equal(plain["labels"], grey["labels"])
 
 
 # The model
