@@ -5,40 +5,68 @@ Shared by calibration, search and the comparison policies, so that all numbers c
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from modes_fx.blocks import find_blocks, is_experts, unwrap
 from modes_fx.errors import ModesError
-from modes_fx.modality import TEXT, VISION
+from modes_fx.modality import MODALITY_NAMES, TEXT, VISION
 from modes_fx.progress import Bar
-from modes_fx.skipping import Counts, Rule, Tokens, keep_all, skip
+from modes_fx.skipping import (
+    DECODE,
+    NO_PHASE,
+    PREFILL,
+    Counts,
+    Rule,
+    Tokens,
+    call_tokens,
+    keep_all,
+    skip,
+)
 
 Batch = Mapping[str, Any]
 IGNORED = -100
+# What a batch says about its rows; the model is not called with it.
+NOT_INPUTS = ("labels", "task")
 # Vision towers are run once per batch and remembered up to this much; beyond it they are run again.
 ENCODER_MEMORY_BYTES = 4 << 30
+# Random numbers that the bootstrap holds at a time.
+_DRAWS = 1 << 22
+_MODALITIES = len(MODALITY_NAMES)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one pass over the batches with a rule gave.
+    """What one pass over the batches with a rule gave. A sample is a row of a batch.
 
     Attributes:
         kl: KL(original || skipped), mean over answer tokens, nats.
         counts: Pairs and dropped pairs, per block and modality.
         right: Per sample, whether every answer token is the likeliest one given the answer before it; that
             is when greedy generation gives the answer.
+        kl_sums: Per sample, the KL summed over its answer tokens, nats.
+        flips: Per sample, answer tokens whose likeliest token is not the original model's.
+        answer_tokens: Per sample, how many answer tokens it has.
+        tasks: Per sample, the name of its task, "" where its batch names none.
+        phases: `counts` of the tokens of the prefill and of the decode alone, see `token_phase`.
     """
 
     kl: float
     counts: Counts
     right: tuple[bool, ...] = ()
+    kl_sums: tuple[float, ...] = ()
+    flips: tuple[int, ...] = ()
+    answer_tokens: tuple[int, ...] = ()
+    tasks: tuple[str, ...] = ()
+    phases: tuple[Counts, Counts] | None = None
 
     @property
     def skip(self) -> float:
@@ -52,15 +80,92 @@ class Measured:
     def skip_vision(self) -> float:
         return self.counts.skip(VISION)
 
+    @property
+    def skip_prefill(self) -> float:
+        return self.phases[PREFILL].skip() if self.phases else 0.0
+
+    @property
+    def skip_decode(self) -> float:
+        return self.phases[DECODE].skip() if self.phases else 0.0
+
+    @property
+    def flip_rate(self) -> float:
+        """Share of the answer tokens whose likeliest token is not the original model's, 0..1."""
+        return sum(self.flips) / sum(self.answer_tokens) if self.flips else 0.0
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """Per task that the batches name, in order of appearance, the share of its samples that is right."""
+        right: dict[str, list[bool]] = defaultdict(list)
+        for task, verdict, tokens in zip(self.tasks, self.right, self.answer_tokens, strict=True):
+            if task and tokens:
+                right[task].append(verdict)
+        return {task: sum(verdicts) / len(verdicts) for task, verdicts in right.items()}
+
+    def kl_interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Confidence interval of `kl` over other samples of the same kind, see `bootstrap`."""
+        return bootstrap(self.kl_sums, self.answer_tokens, level=level)
+
+
+def bootstrap(
+    sums: Sequence[float],
+    counts: Sequence[float],
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Confidence interval of sum(sums) / sum(counts) by drawing the samples anew, with replacement.
+
+    Percentiles of the ratio over the draws. Whole samples are drawn, for tokens of one answer hang together.
+
+    Args:
+        sums, counts: Per sample; e.g. KL and answer tokens, or right answers and ones.
+        level: Share of the intervals that cover what is estimated, between 0 and 1.
+    Returns:
+        (low, high); the same arguments give the same interval.
+    """
+    if not sums:
+        raise ValueError("bootstrap needs at least one sample.")
+    both = np.stack([np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)])
+    generator = np.random.default_rng(seed)
+    ratios: list[Any] = []
+    at_once = max(1, _DRAWS // len(sums))
+    for start in range(0, resamples, at_once):
+        drawn = generator.integers(len(sums), size=(min(at_once, resamples - start), len(sums)))
+        total, count = both[:, drawn].sum(-1)
+        ratios.append(total[count > 0] / count[count > 0])
+    low, high = np.quantile(np.concatenate(ratios), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+@dataclass
+class Pass:
+    """What the first `batches` batches of a pass gave; a killed pass goes on from it.
+
+    The counts are `[blocks][phases * modalities]`; the others are per sample, as in `Measured`.
+    """
+
+    batches: int = 0
+    kl_sums: list[float] = field(default_factory=list)
+    flips: list[int] = field(default_factory=list)
+    right: list[bool] = field(default_factory=list)
+    pairs: list[list[int]] = field(default_factory=list)
+    dropped: list[list[int]] = field(default_factory=list)
+
 
 class Meter:
     """Measures rules on a model and batches. The original answers are computed once and kept on the CPU.
 
     Args:
         model: Eager model; a compiled one is unwrapped.
-        batches: Re-iterable of dicts: the model's keyword inputs and `labels` (`[B, S]`, -100 is ignored).
+        batches: Re-iterable of dicts: the model's keyword inputs, `labels` (`[B, S]`, -100 is ignored) and,
+            if the rows belong to tasks, `task`: the name of one task for all, or a list of one name a row.
         visual_token_ids, special_token_ids: See `token_modality`.
         observe: A rule asked during the unskipped pass, e.g. to record scores; it drops nothing.
+    Attributes:
+        survey: What the batches hold, see `Survey`.
+        unskipped: What the original model measures: KL zero, nothing dropped, its right answers.
     """
 
     def __init__(
@@ -74,78 +179,229 @@ class Meter:
         bar: Bar | None = None,
     ) -> None:
         self.model = unwrap(model)
+        check_device(self.model)
         self.blocks = find_blocks(self.model)
         self.batches = check_batches(batches)
         self.ids = (visual_token_ids, special_token_ids)
+        self.survey = survey(self.batches, *self.ids)
         self.encoder = EncoderMemory(self.model)
         self.original: list[Tensor] = []
         self._digests: list[str] = []
-        self.num_samples = 0
-        with evaluating(self.model), skip(self.model, self.blocks, observe or keep_all, *self.ids) as counts:
-            for index, batch in enumerate(self.batches):
-                logits = self._answer(index, batch)
-                check_finite(logits, f"the original model, batch {index}")
-                self.original.append(logits.cpu())
-                self._digests.append(batch_digest(batch))
-                self.num_samples += len(batch["labels"])
-                if bar is not None:
-                    bar.step()
-        self.num_tokens = sum(map(len, self.original))
-        if not self.num_tokens:
-            raise ModesError(no_answers(len(self.original)))
-        self.counts = counts
+        self.unskipped = self._run(observe or keep_all, None, False, bar, Pass(), None)
+        self.num_samples = self.survey.num_samples
+        self.num_tokens = self.survey.num_answer_tokens
+        self.counts = self.unskipped.counts
 
-    def measure(self, rule: Rule, *, renormalise: bool = False, bar: Bar | None = None) -> Measured:
+    def measure(
+        self,
+        rule: Rule,
+        *,
+        renormalise: bool = False,
+        bar: Bar | None = None,
+        done: Pass | None = None,
+        after_batch: Callable[[Pass], None] | None = None,
+    ) -> Measured:
         """One pass over all batches with `rule`.
 
+        Args:
+            done: Where a killed pass with the same rule had got to.
+            after_batch: Called after each batch with the pass so far, to keep it.
         Raises:
             ModesError: The batches changed since the first pass, or logits are not finite.
         """
-        total = 0.0
+        return self._run(rule, self.original, renormalise, bar, done or Pass(), after_batch)
+
+    def _run(
+        self,
+        rule: Rule,
+        original: list[Tensor] | None,
+        renormalise: bool,
+        bar: Bar | None,
+        done: Pass,
+        after_batch: Callable[[Pass], None] | None,
+    ) -> Measured:
+        """A pass; without `original` it is the first one, and fills in what later ones compare with."""
+        # Phases are counted beside modalities: a column for each of both.
+        device = self.blocks[0].router_weight.device
+        nothing = [[0] * 3 * _MODALITIES] * len(self.blocks)
+        counts = Counts(
+            torch.tensor(done.pairs or nothing, device=device),
+            torch.tensor(done.dropped or nothing, device=device),
+        )
+        phase = torch.empty(0)
+
+        def counted(block: int, weights: Tensor, tokens: Tokens) -> Tensor:
+            dropped = rule(block, weights, tokens)
+            assert tokens.phase is not None
+            counts.add(block, dropped, Tokens(tokens.phase * _MODALITIES + tokens.modality, tokens.real))
+            return dropped
+
         seen = 0
-        right: list[bool] = []
-        hooks = skip(self.model, self.blocks, rule, *self.ids, renormalise=renormalise)
-        with evaluating(self.model), hooks as counts:
+        hooks = skip(
+            self.model, self.blocks, counted, *self.ids, renormalise=renormalise, phase=lambda: phase
+        )
+        with evaluating(self.model), hooks:
             for index, batch in enumerate(self.batches):
                 seen += 1
-                if index >= len(self.original) or batch_digest(batch) != self._digests[index]:
-                    raise ModesError(changed(index, len(self.original)))
-                logits = self._answer(index, batch)
-                total += kl_sum(self.original[index], logits, f"batch {index}")
-                right += answered(batch, logits)
+                if original is not None and (
+                    index >= len(original) or batch_digest(batch) != self._digests[index]
+                ):
+                    raise ModesError(changed(index, len(original)))
                 if bar is not None:
                     bar.step()
-        if seen != len(self.original):
+                if index < done.batches:
+                    continue
+                phase = token_phase(checked_labels(batch))
+                with self.encoder.for_batch(index):
+                    logits = answer_logits(self.model, batch)
+                if original is None:
+                    check_finite(logits, f"the original model, batch {index}")
+                    self.original.append(logits.cpu())
+                    self._digests.append(batch_digest(batch))
+                _add_answers(done, batch, self.original[index], logits, f"batch {index}")
+                done.batches = index + 1
+                if after_batch is not None:
+                    done.pairs, done.dropped = counts.pairs.tolist(), counts.dropped.tolist()
+                    after_batch(done)
+        if seen != len(self.original) or len(done.right) != self.survey.num_samples:
             raise ModesError(changed(seen, len(self.original)))
-        cpu_counts = Counts(counts.pairs.cpu(), counts.dropped.cpu())
-        return Measured(max(0.0, total / self.num_tokens), cpu_counts, tuple(right))
+        pairs, dropped = (
+            each.cpu().unflatten(1, (3, _MODALITIES)) for each in (counts.pairs, counts.dropped)
+        )
+        return Measured(
+            kl=max(0.0, math.fsum(done.kl_sums) / self.survey.num_answer_tokens),
+            counts=Counts(pairs.sum(1), dropped.sum(1)),
+            right=tuple(done.right),
+            kl_sums=tuple(done.kl_sums),
+            flips=tuple(done.flips),
+            answer_tokens=self.survey.answer_tokens,
+            tasks=self.survey.tasks,
+            phases=(
+                Counts(pairs[:, PREFILL], dropped[:, PREFILL]),
+                Counts(pairs[:, DECODE], dropped[:, DECODE]),
+            ),
+        )
 
-    def _answer(self, index: int, batch: Batch) -> Tensor:
-        with self.encoder.for_batch(index):
-            return answer_logits(self.model, batch)
+
+def _add_answers(done: Pass, batch: Batch, original: Tensor, logits: Tensor, where: str) -> None:
+    """Add what each row of a batch answered to a pass."""
+    rows = (checked_labels(batch)[:, 1:] != IGNORED).nonzero()[:, 0]
+    kl = kl_per_token(original, logits, where).cpu()
+    flipped = logits.argmax(-1).cpu() != original.argmax(-1).cpu()
+    num_rows = len(batch["labels"])
+    done.kl_sums += torch.zeros(num_rows, dtype=torch.float64).index_add_(0, rows, kl).tolist()
+    done.flips += rows[flipped].bincount(minlength=num_rows).tolist()
+    done.right += answered(batch, logits)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What batches hold, known before any model runs on them.
+
+    Attributes:
+        answer_tokens: Per sample, labels that are not -100 and have a token before them.
+        tasks: Per sample, the name of its task, or "".
+        tokens: Real tokens of each modality.
+        decode_tokens: Real tokens of the phase DECODE that can be skipped.
+    """
+
+    answer_tokens: tuple[int, ...]
+    tasks: tuple[str, ...]
+    tokens: tuple[int, int, int]
+    decode_tokens: int
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.answer_tokens)
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return sum(self.answer_tokens)
+
+
+def survey(
+    batches: Iterable[Batch], visual_token_ids: Sequence[int], special_token_ids: Sequence[int]
+) -> Survey:
+    """Look through the batches for what would otherwise fail hours later, and count what is in them.
+
+    Raises:
+        ModesError: No batches, a batch that is not a dict with labels of the shape of its `input_ids`, no
+            answer token in any, or task names that do not fit the rows.
+    """
+    answers: list[int] = []
+    tasks: list[str] = []
+    tokens = torch.zeros(_MODALITIES, dtype=torch.int64)
+    decode = num_batches = 0
+    for batch in batches:
+        num_batches += 1
+        labels = checked_labels(batch)
+        answers += (labels[:, 1:] != IGNORED).sum(1).tolist()
+        tasks += _task_names(batch, len(labels))
+        called = call_tokens(batch, visual_token_ids, special_token_ids)
+        tokens += called.modality[called.real].cpu().long().bincount(minlength=_MODALITIES)
+        in_decode = (token_phase(labels).flatten() == DECODE) & called.real.cpu()
+        decode += int((called.modality.cpu()[in_decode] <= VISION).sum())
+    if not sum(answers):
+        raise ModesError(no_answers(num_batches))
+    text, vision, other = tokens.tolist()
+    return Survey(tuple(answers), tuple(tasks), (text, vision, other), decode)
+
+
+def token_phase(labels: Tensor) -> Tensor:
+    """Where generation would compute each token: `[B, S]` uint8, PREFILL, DECODE or NO_PHASE.
+
+    The answer is generated token by token, so each of its tokens but the last is an input of its own
+    (DECODE); the last one ends the answer, and nothing is computed from it or after it (NO_PHASE). All else
+    is the prompt, also between two answers of a conversation, where it holds the end of the first.
+
+    Args:
+        labels: `[B, S]`, -100 everywhere but at the answer.
+    """
+    answer = labels != IGNORED
+    following = torch.cat([answer[:, 1:], torch.zeros_like(answer[:, :1])], 1)
+    phase = torch.where(answer & following, DECODE, PREFILL)
+    # From the last answer token of the row on.
+    later = following.flip(1).cumsum(1).flip(1) > 0
+    phase = torch.where(~later & answer.any(1, keepdim=True), NO_PHASE, phase)
+    return phase.to(torch.uint8)
+
+
+def _task_names(batch: Batch, num_rows: int) -> list[str]:
+    task = batch.get("task", "")
+    names = [task] * num_rows if isinstance(task, str) else list(task)
+    if len(names) != num_rows or not all(isinstance(name, str) for name in names):
+        raise ModesError(
+            f"task must be one name, or a list of one name for each of the {num_rows} rows, got {task!r}."
+        )
+    return names
 
 
 class WeightRecorder:
     """A rule for `Meter(observe=...)` that keeps the routing weight of every pair, of text and of vision."""
 
     def __init__(self) -> None:
-        self._weights: dict[tuple[int, int], list[Tensor]] = {}
+        self._weights: dict[tuple[int, int, int], list[Tensor]] = {}
 
     def __call__(self, block: int, weights: Tensor, tokens: Tokens) -> Tensor:
+        phase = torch.zeros_like(tokens.modality) if tokens.phase is None else tokens.phase
         for modality in (TEXT, VISION):
-            chosen = weights[(tokens.modality == modality) & tokens.real].flatten().cpu()
-            self._weights.setdefault((block, modality), []).append(chosen)
+            for part in (PREFILL, DECODE, NO_PHASE):
+                chosen = weights[(tokens.modality == modality) & (phase == part) & tokens.real]
+                self._weights.setdefault((block, modality, part), []).append(chosen.flatten().cpu())
         return keep_all(block, weights, tokens)
 
-    def scores(self, modality: int, alphas: Sequence[float]) -> Tensor:
+    def scores(self, modality: int, alphas: Sequence[float], phase: int | None = None) -> Tensor:
         """alpha * weight of every pair of the modality, all blocks, ascending, `[pairs]` float32.
 
         Args:
             alphas: One per block, in layer order.
+            phase: Only the pairs of this phase.
         """
+        parts = (PREFILL, DECODE, NO_PHASE) if phase is None else (phase,)
         scaled = [
-            torch.tensor(alpha, dtype=torch.float32) * torch.cat(self._weights[block, modality])
+            torch.tensor(alpha, dtype=torch.float32) * torch.cat(self._weights[block, modality, part])
             for block, alpha in enumerate(alphas)
+            for part in parts
         ]
         return torch.cat(scaled).sort().values
 
@@ -160,6 +416,13 @@ def check_batches(batches: Iterable[Batch]) -> Iterable[Batch]:
     if isinstance(batches, Mapping):
         raise ModesError("batches must be an iterable of dicts, got one dict; wrap it in a list.")
     return batches
+
+
+def check_device(model: nn.Module) -> None:
+    """Refuse a model that has no values, unless accelerate brings them from where they are for each call."""
+    empty = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if empty is not None and not getattr(model, "hf_device_map", None):
+        raise ModesError(f"{empty} is on the meta device and has no values; load the model first.")
 
 
 def changed(index: int, expected: int) -> str:
@@ -201,18 +464,10 @@ def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
     Returns:
         `[answer tokens, vocabulary]`, row by row of the batch, in the model's dtype.
     """
-    if not isinstance(batch, Mapping):
-        raise ModesError(f"Each batch must be a dict of model inputs and labels, got {type(batch).__name__}.")
-    if batch.get("labels") is None:
-        raise ModesError("A batch has no labels; add labels [B, S], -100 everywhere but at the answer.")
     device = getattr(model, "device", torch.device("cpu"))
-    given = {name: value for name, value in batch.items() if name not in ("labels", "task")}
+    labels = checked_labels(batch).to(device)
+    given = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
     inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in given.items()}
-    labels = torch.as_tensor(batch["labels"]).to(device)
-    ids = inputs.get("input_ids")
-    if not isinstance(ids, Tensor) or labels.shape != ids.shape:
-        shape = tuple(ids.shape) if isinstance(ids, Tensor) else None
-        raise ModesError(f"labels must have the shape of input_ids, got {tuple(labels.shape)} and {shape}.")
     rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     known = inspect.signature(model.forward).parameters
     # Only the columns that answer are projected to the vocabulary, where the model can do so.
@@ -232,6 +487,20 @@ def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
     return logits[rows, columns]
 
 
+def checked_labels(batch: Batch) -> Tensor:
+    """The labels of a batch, `[B, S]`, on the CPU; refuses what is not a batch."""
+    if not isinstance(batch, Mapping):
+        raise ModesError(f"Each batch must be a dict of model inputs and labels, got {type(batch).__name__}.")
+    if batch.get("labels") is None:
+        raise ModesError("A batch has no labels; add labels [B, S], -100 everywhere but at the answer.")
+    labels = torch.as_tensor(batch["labels"]).cpu()
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or labels.shape != ids.shape:
+        shape = tuple(ids.shape) if isinstance(ids, Tensor) else None
+        raise ModesError(f"labels must have the shape of input_ids, got {tuple(labels.shape)} and {shape}.")
+    return labels
+
+
 def answered(batch: Batch, logits: Tensor) -> list[bool]:
     """Per row of the batch, whether the argmax of its `answer_logits` is its label everywhere."""
     labels = torch.as_tensor(batch["labels"])[:, 1:]
@@ -241,8 +510,8 @@ def answered(batch: Batch, logits: Tensor) -> list[bool]:
     return (~wrong.any(1)).tolist()
 
 
-def kl_sum(original: Tensor, skipped: Tensor, where: str) -> float:
-    """Sum over answer tokens of KL(original || skipped), nats.
+def kl_per_token(original: Tensor, skipped: Tensor, where: str) -> Tensor:
+    """KL(original || skipped) of each answer token, nats, `[answer tokens]` float64.
 
     The logits are what the model gave; the logarithms are taken in float64, because the KL of a block that
     hardly matters (1e-8 and below) drowns in the rounding of float32.
@@ -250,7 +519,12 @@ def kl_sum(original: Tensor, skipped: Tensor, where: str) -> float:
     check_finite(skipped, f"the skipped model, {where}")
     log_p = original.to(skipped.device, torch.float64).log_softmax(-1)
     log_q = skipped.double().log_softmax(-1)
-    return float((log_p.exp() * (log_p - log_q)).sum())
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def kl_sum(original: Tensor, skipped: Tensor, where: str) -> float:
+    """Sum over answer tokens of `kl_per_token`."""
+    return float(kl_per_token(original, skipped, where).sum())
 
 
 def check_finite(logits: Tensor, where: str) -> None:

@@ -9,7 +9,7 @@ compiled model must give the same numbers and do less.
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ from modes_fx.errors import ModesError, ProfileError
 from modes_fx.modality import OTHER, VISION, token_modality
 from modes_fx.profile import Profile, fingerprint
 
+# How generation would come by a token: with the prompt, one at a time, or not at all (the last token of an
+# answer is generated, and nothing is computed from it).
+PREFILL, DECODE, NO_PHASE = 0, 1, 2
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -36,10 +40,16 @@ class Tokens:
     Attributes:
         modality: `[T]` uint8.
         real: `[T]` bool, False at padding.
+        phase: `[T]` uint8, PREFILL, DECODE or NO_PHASE, where whoever runs the model has told `skip`.
     """
 
     modality: Tensor
     real: Tensor
+    phase: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Tokens":
+        phase = None if self.phase is None else self.phase.to(device)
+        return Tokens(self.modality.to(device), self.real.to(device), phase)
 
 
 # (index of the block, routing weights [T, K] in float32, tokens) -> dropped [T, K] bool
@@ -56,6 +66,16 @@ class Counts:
     @classmethod
     def zero(cls, num_blocks: int, device: torch.device | str = "cpu") -> "Counts":
         return cls(*(torch.zeros(num_blocks, 3, dtype=torch.int64, device=device) for _ in range(2)))
+
+    def add(self, block: int, dropped: Tensor, tokens: Tokens) -> None:
+        """Count the pairs of one block and call, `dropped [T, K]`."""
+        modality, real = tokens.modality.long(), tokens.real.long()
+        device = self.pairs.device
+        self.pairs[block].index_add_(0, modality.to(device), (real * dropped.shape[1]).to(device))
+        self.dropped[block].index_add_(0, modality.to(device), (real * dropped.sum(-1)).to(device))
+
+    def cpu(self) -> "Counts":
+        return Counts(self.pairs.cpu(), self.dropped.cpu())
 
     def skip(self, modality: int | None = None) -> float:
         """Dropped / all pairs, of one modality or of all three; 0.0 where there are no pairs."""
@@ -129,6 +149,7 @@ def skip(
     special_token_ids: Sequence[int],
     *,
     renormalise: bool = False,
+    phase: Callable[[], Tensor] | None = None,
 ) -> Iterator[Counts]:
     """While open, every call of `model` runs with the pairs that `rule` names at weight zero.
 
@@ -138,6 +159,7 @@ def skip(
         rule: Asked once per block and call, see `Rule`.
         visual_token_ids, special_token_ids: See `token_modality`.
         renormalise: Rescale the kept weights of a token to the sum that all had. The paper does not.
+        phase: Asked at each call for its tokens' phases, `[B, S]` uint8; without it rules are told none.
     Yields:
         Counts, filled as calls happen.
     """
@@ -151,7 +173,8 @@ def skip(
     def note_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = signature.bind_partial(*args, **kwargs).arguments
         call = {**call, **call.get("kwargs", {})}
-        current[:] = [call_tokens(call, visual_token_ids, special_token_ids)]
+        tokens = call_tokens(call, visual_token_ids, special_token_ids)
+        current[:] = [tokens if phase is None else replace(tokens, phase=phase().flatten())]
 
     def without_dropped(index: int, weights: Tensor, rows: Tensor) -> Tensor:
         """Routing weights of the block that is given `rows`, `[T, K]`, with dropped pairs at zero."""
@@ -162,11 +185,11 @@ def skip(
                 f"{weights.shape[1]}; this family is not supported yet."
             )
         tokens = current[0]
-        tokens = Tokens(tokens.modality.to(weights.device), tokens.real.to(weights.device))
+        tokens = tokens.to(weights.device)
         if len(tokens.modality) != len(weights):
             tokens = _tokens_of_rows(rows, tokens, enclosing, names[block.experts])
         dropped = rule(index, weights.float(), tokens)
-        _count(counts, index, dropped, tokens)
+        counts.add(index, dropped, tokens)
         kept = weights.masked_fill(dropped, 0)
         if renormalise:
             mass = kept.sum(-1, keepdim=True)
@@ -262,16 +285,12 @@ def _tokens_of_rows(rows: Tensor, tokens: Tokens, enclosing: Enclosing, name: st
     if keys is not None:
         modality = values_of_rows(tokens.modality, keys, rows, ambiguous=OTHER)
         real = values_of_rows(tokens.real, keys, rows, ambiguous=True)
+        phase = None
+        if tokens.phase is not None:
+            phase = values_of_rows(tokens.phase, keys, rows, ambiguous=NO_PHASE)
         if modality is not None and real is not None:
-            return Tokens(modality, real)
+            return Tokens(modality, real, phase)
     raise ModesError(
         f"{name} is given {len(rows)} rows in a call of {len(tokens.modality)} tokens, and no module around "
         "it has the rows of all, so it cannot be told which tokens they are; this family is not supported."
     )
-
-
-def _count(counts: Counts, index: int, dropped: Tensor, tokens: Tokens) -> None:
-    modality, real = tokens.modality.long(), tokens.real.long()
-    device = counts.pairs.device
-    counts.pairs[index].index_add_(0, modality.to(device), (real * dropped.shape[1]).to(device))
-    counts.dropped[index].index_add_(0, modality.to(device), (real * dropped.sum(-1)).to(device))
