@@ -263,8 +263,8 @@ class Meter:
                 if after_batch is not None:
                     done.pairs, done.dropped = counts.pairs.tolist(), counts.dropped.tolist()
                     after_batch(done)
-        if seen != len(self.original) or len(done.right) != self.survey.num_samples:
-            raise ModesError(changed(seen, len(self.original)))
+        if seen != self.survey.num_batches or len(done.right) != self.survey.num_samples:
+            raise ModesError(changed(seen, self.survey.num_batches))
         pairs, dropped = (
             each.cpu().unflatten(1, (3, _MODALITIES)) for each in (counts.pairs, counts.dropped)
         )
@@ -299,12 +299,14 @@ class Survey:
     """What batches hold, known before any model runs on them.
 
     Attributes:
+        num_batches: How many there are.
         answer_tokens: Per sample, labels that are not -100 and have a token before them.
         tasks: Per sample, the name of its task, or "".
         tokens: Real tokens of each modality.
         decode_tokens: Real tokens of the phase DECODE that can be skipped.
     """
 
+    num_batches: int
     answer_tokens: tuple[int, ...]
     tasks: tuple[str, ...]
     tokens: tuple[int, int, int]
@@ -344,7 +346,7 @@ def survey(
     if not sum(answers):
         raise ModesError(no_answers(num_batches))
     text, vision, other = tokens.tolist()
-    return Survey(tuple(answers), tuple(tasks), (text, vision, other), decode)
+    return Survey(num_batches, tuple(answers), tuple(tasks), (text, vision, other), decode)
 
 
 def token_phase(labels: Tensor) -> Tensor:

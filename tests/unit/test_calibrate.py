@@ -353,9 +353,8 @@ def test_batches_that_change_between_passes_are_refused(model, batches):
                 yield {**batch, "input_ids": batch["input_ids"].clone()}
             self.pop()
 
-    meter = Meter(model, Fickle(batches), *IDS)
     with pytest.raises(ModesError, match="differ between two passes: the first gave 4, and batch 3"):
-        meter.measure(keep_all)
+        Meter(model, Fickle(batches), *IDS).measure(keep_all)
 
 
 def test_a_model_without_experts_is_refused(batches):
