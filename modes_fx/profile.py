@@ -21,6 +21,8 @@ from modes_fx.errors import ProfileError
 
 FORMAT = "modes_fx.profile"
 VERSION = 1
+# Fields that files of this version have only if they were written since; without them they are None.
+_ADDED = ("kl_low", "kl_high")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Profile:
         measured_skip: Dropped pairs / all pairs over the non-padding tokens of the search, measured.
         measured_skip_text, measured_skip_vision: The same over the tokens of one modality.
         kl: KL(original || skipped) per answer token on the batches of the search, in nats.
+        kl_low, kl_high: 95 % confidence interval of `kl` over other samples, by bootstrap.
         num_samples: Sequences that alpha was measured on.
         method: How alpha was measured, e.g. `modality`.
         versions: Versions of the libraries that made the profile.
@@ -110,6 +113,8 @@ class Profile:
     measured_skip_text: float | None = None
     measured_skip_vision: float | None = None
     kl: float | None = None
+    kl_low: float | None = None
+    kl_high: float | None = None
     num_samples: int = 0
     method: str = "modality"
     versions: dict[str, str] = field(default_factory=dict, hash=False)
@@ -133,8 +138,10 @@ class Profile:
             value = getattr(self, key)
             if value is not None and not 0 <= value <= 1:
                 _refuse(key, value, "from 0 to 1, or null")
-        if self.kl is not None and (not math.isfinite(self.kl) or self.kl < 0):
-            _refuse("kl", self.kl, "a finite number of nats >= 0, or null")
+        for key in ("kl", "kl_low", "kl_high"):
+            value = getattr(self, key)
+            if value is not None and (not math.isfinite(value) or value < 0):
+                _refuse(key, value, "a finite number of nats >= 0, or null")
         for key in ("vocab_size", "hidden_size"):
             if getattr(self, key) < 1:
                 _refuse(key, getattr(self, key), "at least 1")
@@ -208,6 +215,8 @@ class Profile:
             measured_skip_text=None,
             measured_skip_vision=None,
             kl=None,
+            kl_low=None,
+            kl_high=None,
         )
 
     def tempered(self, exponent: float) -> "Profile":
@@ -317,7 +326,7 @@ def _check_fields(cls: type, entry: dict[str, Any], where: str) -> None:
                 f"{where}{key}: unknown field; remove it, or use the modes_fx that wrote the file."
             )
     for key in known:
-        if key not in entry:
+        if key not in entry and key not in _ADDED:
             raise ProfileError(f"{where}{key}: the field is missing; calibrate again.")
 
 
@@ -384,7 +393,7 @@ _CONVERT: dict[str, Callable[[object, str], Any]] = {
     **dict.fromkeys(("tau_text", "tau_vision"), _tau),
     **dict.fromkeys(("visual_token_ids", "special_token_ids"), _ids),
     **dict.fromkeys(("target_skip", "measured_skip", "measured_skip_text", "measured_skip_vision"), _or_null),
-    "kl": _or_null,
+    **dict.fromkeys(("kl", "kl_low", "kl_high"), _or_null),
     "versions": _strings,
 }
 

@@ -17,6 +17,7 @@ from modes_fx.testing import IMAGE, SPECIAL, VIDEO, tiny_inputs, tiny_qwen3_vl_m
 
 alphas = st.floats(0, 1e6, allow_nan=False)
 taus = st.one_of(st.floats(0, 10), st.just(math.inf))
+nats = st.one_of(st.none(), st.floats(0, 1e3))
 rates = st.one_of(st.none(), st.floats(0, 1))
 ids = st.lists(st.integers(0, 2**31), max_size=4).map(tuple)
 
@@ -48,7 +49,9 @@ def profiles(draw: Any) -> Profile:
         measured_skip=draw(rates),
         measured_skip_text=draw(rates),
         measured_skip_vision=draw(rates),
-        kl=draw(st.one_of(st.none(), st.floats(0, 1e3))),
+        kl=draw(nats),
+        kl_low=draw(nats),
+        kl_high=draw(nats),
         num_samples=draw(st.integers(0, 10**9)),
         method=draw(st.text()),
         versions=draw(st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=2)),

@@ -237,3 +237,9 @@ def test_check_model_knows_its_own_model_and_refuses_another():
         own.check_model(tiny_qwen3_vl_moe(num_layers=2, seed=1))
     with pytest.raises(ProfileError, match=r"it knows 1 MoE blocks, of the model's 2 .* of 1; model\.lang"):
         dataclasses.replace(own, layers=own.layers[:1]).check_model(model)
+
+
+def test_a_file_from_before_the_interval_of_kl_loads_without_one():
+    older = profile().to_dict()
+    del older["kl_low"], older["kl_high"]
+    assert Profile.from_dict(older) == profile()
