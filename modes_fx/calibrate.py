@@ -3,63 +3,38 @@
 MoDES section 5.1 (Eq. 4) and appendix B; where the paper's code differs, the choice is named below.
 """
 
+import dataclasses
+import hashlib
 import importlib.metadata
-import json
+import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from modes_fx.alpha_exact import Task, check_resumed, measure_exact
+from modes_fx.batch_checks import look_through
 from modes_fx.blocks import Block, find_blocks, unwrap
-from modes_fx.errors import ModesError, ProfileError
-from modes_fx.measure import (
-    Batch,
-    EncoderMemory,
-    answer_logits,
-    batch_digest,
-    check_batches,
-    check_finite,
-    evaluating,
-    kl_sum,
-    model_digest,
-    no_answers,
-)
+from modes_fx.calibration_state import Journal, State
+from modes_fx.distributed import World, total, world_of
+from modes_fx.errors import ModesError
+from modes_fx.measure import Batch, check_device, evaluating, model_digest
 from modes_fx.modality import TEXT, VISION
-from modes_fx.profile import Layer, Profile, fingerprint, normalise, write_atomically
-from modes_fx.progress import Bar, progress_bar
-from modes_fx.skipping import Rule, Tokens, drop_block, keep_all, skip
+from modes_fx.profile import Layer, Profile, fingerprint, normalise
+from modes_fx.progress import progress_bar
 
 Variant = Literal["modality", "paper"]
 # What is dropped, one forward each: "modality" is what the paper's code does, "paper" what its text says.
 _DROPPED: dict[str, tuple[int | None, ...]] = {"modality": (TEXT, VISION), "paper": (None,)}
-_RESUME_FORMAT = "modes_fx.calibration"
 _VISUAL_KEYS = (
     *("image_token_id", "video_token_id", "image_token_index", "video_token_index"),
     *("media_placeholder_token_id", "visual_indicator_token_ids"),
 )
 _SPECIAL_ENDINGS = ("start_token_id", "end_token_id", "start_token_index", "end_token_index")
 _SPECIAL_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "im_start_id", "im_end_id")
-
-
-@dataclass
-class _State:
-    """What has been measured so far; all that a killed run needs to go on.
-
-    `kl_sums[block][i]` is the sum over answer tokens, in nats, of what `_DROPPED[variant][i]` drops.
-    `weight_scales[block]` is `weight_scale` of the first batch that gave the block tokens; None before.
-    """
-
-    key: dict[str, Any]
-    batches: list[str]
-    num_samples: int
-    num_tokens: int
-    kl_sums: list[list[float]]
-    weight_scales: list[float | None]
 
 
 def calibrate(
@@ -71,6 +46,7 @@ def calibrate(
     variant: Variant = "modality",
     progress: bool = True,
     resume: str | os.PathLike[str] | None = None,
+    reuse: bool = True,
 ) -> Profile:
     """Measure alpha of every MoE block.
 
@@ -88,7 +64,10 @@ def calibrate(
             passes that drop a block for tokens of one modality only. `paper`: one alpha for both.
         progress: Show a bar.
         resume: File to keep what is measured in. A killed run that is started again with it goes on where
-            it was, and gives the same profile to the byte.
+            it was, and gives the same profile to the byte. It is written every 20 seconds, or after each
+            forward pass where that takes longer. Under torchrun each process has a file of its own beside it.
+        reuse: Run only what a dropped block can change again. The values are the same to the bit; a model
+            where they would not be is found out on the first batch, and takes whole passes.
     Returns:
         A profile with both thresholds at 0.0: it skips nothing before `search` sets them.
     Raises:
@@ -97,114 +76,62 @@ def calibrate(
     if variant not in _DROPPED:
         raise ModesError(f"variant must be one of {', '.join(_DROPPED)}, got {variant!r}.")
     model = unwrap(model)
+    check_device(model)
     blocks = find_blocks(model)
-    batches = check_batches(batches)
-    visual, special = token_ids(model, processor, special_token_ids)
-    state = _load_state(resume, model, variant, visual, special, blocks)
-    passes = len(blocks) * len(_DROPPED[variant])
-    total = len(batches) * passes if isinstance(batches, Sized) else None
-    with progress_bar("calibrate", total, enabled=progress) as bar, evaluating(model):
-        for _ in _measured(model, blocks, batches, variant, (visual, special), state, bar):
-            if resume is not None:
-                write_atomically(resume, json.dumps({"format": _RESUME_FORMAT, **vars(state)}) + "\n")
-    if not state.num_tokens:
-        raise ModesError(no_answers(len(state.batches)))
-    return _profile(state, model, blocks, variant, visual, special)
-
-
-def _measured(
-    model: nn.Module,
-    blocks: Sequence[Block],
-    batches: Iterable[Batch],
-    variant: Variant,
-    ids: tuple[tuple[int, ...], tuple[int, ...]],
-    state: _State,
-    bar: Bar,
-) -> Iterator[None]:
-    """Add one batch after the other to `state`; yields after each.
-
-    Batch by batch, not block by block, so that only one batch's original logits are held at a time.
-    """
-    done = list(state.batches)
+    ids = token_ids(model, processor, special_token_ids)
     dropped = _DROPPED[variant]
-    seen = 0
-    for index, batch in enumerate(batches):
-        seen += 1
-        digest = batch_digest(batch) if isinstance(batch, Mapping) else ""
-        if index < len(done):
-            if digest != done[index]:
-                raise _stale(f"batch {index} is not the one it was started with")
-            bar.step(len(blocks) * len(dropped))
-            continue
-        encoder = EncoderMemory(model)
-        scales = list(state.weight_scales)
-        with encoder.for_batch(index), skip(model, blocks, _measure_scales(scales), *ids):
-            original = answer_logits(model, batch)
-        check_finite(original, f"the original model, batch {index}")
-        sums = [list(row) for row in state.kl_sums]
-        for i, block in enumerate(blocks if len(original) else ()):
-            for j, modality in enumerate(dropped):
-                with encoder.for_batch(index), skip(model, blocks, drop_block(i, modality), *ids):
-                    logits = answer_logits(model, batch)
-                sums[i][j] += kl_sum(original, logits, f"batch {index}, {block.name} dropped")
-                bar.note(f"{block.name} KL {sums[i][j] / (state.num_tokens + len(original)):.5f}")
-                bar.step()
-        # All of a batch or nothing of it: what is written is always a whole number of batches.
-        state.kl_sums, state.weight_scales = sums, scales
-        state.batches.append(digest)
-        state.num_samples += len(batch["labels"])
-        state.num_tokens += len(original)
-        yield
-    if seen < len(done):
-        raise _stale(f"it has {len(done)} batches, and there are only {seen} now")
+    with world_of(model) as world:
+        with world.together():
+            digests = look_through(model, batches, ids, dropped)
+            identity = model_digest(model)
+        world.agree(
+            hashlib.sha256(repr((identity, variant, ids, digests)).encode()).hexdigest(), "model or batches"
+        )
+        shares = world.shares(len(digests), len(blocks))
+        task = Task(model, blocks, ids, dropped, shares, digests, reuse)
+        key = {
+            "model": identity,
+            "variant": variant,
+            "visual_token_ids": list(ids[0]),
+            "special_token_ids": list(ids[1]),
+        }
+        fresh = State(key, [], 0, 0, [[0.0] * len(dropped) for _ in blocks], [None] * len(blocks))
+        passes = len(dropped) * sum(len(share.blocks) for share in shares)
+        show = progress and world.first
+        with (
+            world.together(),
+            Journal(world.file(resume), fresh) as journal,
+            progress_bar("calibrate", passes, enabled=show) as bar,
+            evaluating(model),
+        ):
+            check_resumed(journal.state, task, bar)
+            measure_exact(task, batches, journal, bar)
+        state = _combine(world, journal.state)
+    return _profile(state, model, blocks, variant, *ids)
 
 
-def weight_scale(weights: Tensor) -> float:
-    """The factor that a router has folded into its weights, told from the weights themselves.
-
-    A router that renormalises gives every token weights of one sum, 1 or the factor; any other gives sums
-    that differ from token to token, and its weights are then taken as they are.
-
-    Args:
-        weights: Routing weights of two tokens or more, `[T, K]`, floating point; also widened from a
-            narrower dtype.
-    Returns:
-        What the weights of each token sum to, with no more digits than their dtype vouches for; 1.0 where the
-        sums differ by more than rounding, or all weights are alike, which says nothing.
-    """
-    narrow = [d for d in (torch.bfloat16, torch.float16) if torch.equal(weights.to(d).to(weights), weights)]
-    # Routers add up to 1e-6 to the sum that they divide by.
-    rounding = torch.finfo(narrow[0]).eps if narrow else 1e-5
-    sums = weights.double().sum(-1)
-    mean = float(sums.mean())
-    differ = float((sums - mean).abs().max()) > 2 * rounding * mean
-    alike = float(weights.max() - weights.min()) <= 2 * rounding * float(weights.max())
-    if not mean > 0 or differ or alike:
-        return 1.0
-    shortest = (float(f"{mean:.{digits}g}") for digits in range(1, 17))
-    return next((scale for scale in shortest if abs(scale - mean) <= rounding * mean), mean)
-
-
-def _measure_scales(scales: list[float | None]) -> Rule:
-    """A rule that drops nothing and fills in `weight_scale` of each block that has none yet."""
-
-    def rule(block: int, weights: Tensor, tokens: Tokens) -> Tensor:
-        real = weights[tokens.real]
-        if scales[block] is None and len(real) > 1:
-            scales[block] = weight_scale(real)
-        return keep_all(block, weights, tokens)
-
-    return rule
+def _combine(world: World, state: State) -> State:
+    """The states of all processes as one."""
+    counts = torch.tensor([state.num_samples, state.num_tokens], dtype=torch.float64)
+    num_samples, num_tokens = map(int, total(world.gather(counts)))
+    kl_sums = total(world.gather(torch.tensor(state.kl_sums, dtype=torch.float64)))
+    none = [math.inf, 1.0]
+    found = world.gather(torch.tensor([scale or none for scale in state.weight_scales], dtype=torch.float64))
+    scales = [min(entries) for entries in found.transpose(0, 1).tolist()]
+    return dataclasses.replace(
+        state, num_samples=num_samples, num_tokens=num_tokens, kl_sums=kl_sums, weight_scales=scales
+    )
 
 
 def _profile(
-    state: _State,
+    state: State,
     model: nn.Module,
     blocks: Sequence[Block],
     variant: Variant,
     visual: tuple[int, ...],
     special: tuple[int, ...],
 ) -> Profile:
+    scales = [1.0 if scale is None else scale[1] for scale in state.weight_scales]
     # Rounding may leave a sum a hair below zero, which KL never is.
     columns = [[max(0.0, total) for total in column] for column in zip(*state.kl_sums, strict=True)]
     alphas = [normalise([total / state.num_tokens for total in column]) for column in columns]
@@ -216,7 +143,7 @@ def _profile(
             num_experts=block.num_experts,
             top_k=block.top_k,
             fingerprint=fingerprint(block.router_weight),
-            weight_scale=state.weight_scales[i] or 1.0,
+            weight_scale=scales[i],
         )
         for i, block in enumerate(blocks)
     )
@@ -233,42 +160,6 @@ def _profile(
         method=variant,
         versions=library_versions(),
     )
-
-
-def _load_state(
-    resume: str | os.PathLike[str] | None,
-    model: nn.Module,
-    variant: str,
-    visual: tuple[int, ...],
-    special: tuple[int, ...],
-    blocks: Sequence[Block],
-) -> _State:
-    key = {
-        "model": model_digest(model) if resume is not None else "",
-        "variant": variant,
-        "visual_token_ids": list(visual),
-        "special_token_ids": list(special),
-    }
-    fresh = _State(key, [], 0, 0, [[0.0] * len(_DROPPED[variant]) for _ in blocks], [None] * len(blocks))
-    if resume is None or not Path(resume).exists():
-        return fresh
-    try:
-        saved = json.loads(Path(resume).read_text())
-        if saved.pop("format") != _RESUME_FORMAT:
-            raise ValueError
-        state = _State(**saved)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ProfileError(
-            f"{os.fspath(resume)} is not a file that calibrate(resume=...) wrote; delete it, or name another."
-        ) from None
-    for name, value in key.items():
-        if state.key.get(name) != value:
-            raise _stale(f"{name} differs from what it was started with")
-    return state
-
-
-def _stale(why: str) -> ProfileError:
-    return ProfileError(f"The resume file belongs to another calibration: {why}; delete it, or name another.")
 
 
 def token_ids(
