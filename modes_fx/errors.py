@@ -15,3 +15,7 @@ class RewriteError(ModesError, RuntimeError):
 
 class SearchError(ModesError, ValueError):
     """No thresholds reach what was asked for; the message names the nearest that do."""
+
+
+class ExportError(ModesError, RuntimeError):
+    """A model that cannot be exported, or a folder of an export that cannot be used."""

@@ -17,6 +17,8 @@ from modes_fx.passes.provide_modality import MODALITY, TABLE_KEYS, TABLE_MODALIT
 from modes_fx.passes.unit import NOT_IN_PROFILE, Unit, is_token_embedding
 from modes_fx.profile import Profile
 
+aten = torch.ops.aten
+
 
 def rewrite(
     program: ExportedProgram,
@@ -45,6 +47,9 @@ def rewrite(
     # Functional aten, which is what the passes match.
     program = program.run_decompositions({})
     gm = program.graph_module
+    # Checks of dtypes that tracing itself has written; they would keep alive what the passes replace.
+    for node in gm.graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
+        gm.graph.erase_node(node)
     unit = Unit(profile, _real_inputs(program))
     table = _embedding_table(program, profile)
     if table is not None:

@@ -31,6 +31,11 @@ def num_rewritten(program):
     return len(program.graph.find_nodes(op="call_function", target=masked_moe))
 
 
+def operator_namespaces(program):
+    targets = [node.target for node in program.graph.nodes]
+    return {target.namespace for target in targets if isinstance(target, torch._ops.OpOverload)}
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "strict"),
     [*((*case, False) for case in CASES), *((*case, True) for case in CASES[:1] + CASES[-1:])],
@@ -45,6 +50,8 @@ def test_a_whole_model(name, kind, strict, oracle):
         want = model(**inputs).logits
     program = rewrite(export(model, inputs, strict=strict), profile)
     assert num_rewritten(program) == len(profile.layers)
+    # The products that the op replaces are gone, and with them the operators of transformers.
+    assert operator_namespaces(program) == {"aten", "modes_fx"}
     got = program.module()(**inputs, use_cache=False).logits
     torch.testing.assert_close(got, want, atol=ATOL, rtol=0)
     assert truth.skip > 0
