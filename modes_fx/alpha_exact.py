@@ -5,19 +5,49 @@ change runs again (`modes_fx.prefix`), which gives the same bits for half the wo
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from modes_fx.blocks import Block
 from modes_fx.calibration_state import Journal, State, stale
+from modes_fx.call_rows import argument, find_rows
 from modes_fx.distributed import Share
 from modes_fx.errors import ModesError
 from modes_fx.measure import Batch, EncoderMemory, answer_logits, batch_digest, changed, check_finite, kl_sum
+from modes_fx.modality import TEXT, VISION
 from modes_fx.prefix import DroppedRows, Prefix
 from modes_fx.progress import Bar
 from modes_fx.skipping import call_tokens, drop_block, skip
 from modes_fx.weight_scale import measure_scales
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What alpha means.
+
+    Attributes:
+        dropped: The modalities whose tokens lose a block's experts, one pass each; None: both at once.
+        passes_input: Whether a dropped token is given the experts' input in place of their output, not zero.
+        ahead: See `answer_logits`.
+    """
+
+    dropped: tuple[int | None, ...]
+    passes_input: bool = False
+    ahead: int = 1
+
+
+VARIANTS = {
+    "modality": Variant((TEXT, VISION)),
+    # The paper's text: one alpha, experts skipped. Where it compares is not said; here at every answer token.
+    "paper": Variant((None,)),
+    # Its code, which differs from its text: dropped tokens pass around the experts, from after the norm, and
+    # logits are compared at the answer's own positions, so the first answer token's prediction is left out.
+    "modes-code": Variant((TEXT, VISION), passes_input=True, ahead=0),
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +56,6 @@ class Task:
 
     Attributes:
         ids: Visual and special token ids.
-        dropped: The modalities whose tokens lose a block's experts, one pass each; None: both at once.
         shares: What this process measures, in the order of the batches.
         digests: `batch_digest` of every batch.
         reuse: Whether only what a dropped block can change is run again.
@@ -35,7 +64,7 @@ class Task:
     model: nn.Module
     blocks: Sequence[Block]
     ids: tuple[tuple[int, ...], tuple[int, ...]]
-    dropped: tuple[int | None, ...]
+    variant: Variant
     shares: Sequence[Share]
     digests: Sequence[str]
     reuse: bool = True
@@ -76,7 +105,7 @@ def check_resumed(state: State, task: Task, bar: Bar) -> None:
             raise stale(f"batch {share.batch} is not the one it was started with")
     done = task.shares[: len(state.batches)]
     # In one step, so that the rate that is shown is that of the work itself.
-    bar.step(sum(len(share.blocks) for share in done) * len(task.dropped))
+    bar.step(sum(len(share.blocks) for share in done) * len(task.variant.dropped))
 
 
 def shared(task: Task, batches: Iterable[Batch], done: int) -> Iterator[tuple[Share, Batch]]:
@@ -105,38 +134,44 @@ def _measure_batch(
     encoder = EncoderMemory(task.model)
     scales = list(journal.state.weight_scales)
     rule = measure_scales(scales, index)
+
+    def answers() -> Tensor:
+        return answer_logits(task.model, batch, ahead=task.variant.ahead)
+
     with encoder.for_batch(index), skip(task.model, task.blocks, rule, *task.ids), prefix.recording():
-        original = answer_logits(task.model, batch)
+        original = answers()
     check_finite(original, f"the original model, batch {index}")
-    kl_sums = [[0.0] * len(task.dropped) for _ in task.blocks]
+    kl_sums = [[0.0] * len(task.variant.dropped) for _ in task.blocks]
     if not len(original):
-        bar.step(len(share.blocks) * len(task.dropped))
+        bar.step(len(share.blocks) * len(task.variant.dropped))
         return kl_sums, scales, 0
 
     def dropping(block: int, modality: int | None) -> Tensor:
         rule = DroppedRows(drop_block(block, modality), block)
+        around = passing_input(task.blocks[block], rule) if task.variant.passes_input else nullcontext()
         hooks = skip(task.model, task.blocks, rule, *task.ids)
-        with encoder.for_batch(index), hooks, prefix.before(block, rule):
-            return answer_logits(task.model, batch)
+        with encoder.for_batch(index), hooks, around, prefix.before(block, rule):
+            return answers()
 
     if not prefix.checked:
 
         def keeping() -> Tensor:
             with encoder.for_batch(index):
-                return answer_logits(task.model, batch)
+                return answers()
 
         prefix.check(keeping, lambda: dropping(len(task.blocks) - 1, None))
     modality = call_tokens(batch, *task.ids).modality
     for block in share.blocks:
         name = task.blocks[block].name
-        for column, dropped in enumerate(task.dropped):
+        for column, dropped in enumerate(task.variant.dropped):
             kl = journal.state.measured(digest, block, column)
             # Where no token is dropped, nothing changes.
             if kl is None and dropped is not None and not bool((modality == dropped).any()):
                 kl = 0.0
             if kl is None:
                 logits = dropping(block, dropped)
-                kl = kl_sum(original, logits, f"batch {index}, {name} dropped")
+                # Rounding may leave it a hair below zero, which KL never is.
+                kl = max(0.0, kl_sum(original, logits, f"batch {index}, {name} dropped"))
                 journal.keep(journal.state.with_partial(digest, block, column, kl))
             kl_sums[block][column] = kl
             tokens = journal.state.num_tokens + len(original)
@@ -144,3 +179,30 @@ def _measure_batch(
             bar.step()
     prefix.forget()
     return kl_sums, scales, len(original)
+
+
+@contextmanager
+def passing_input(block: Block, rule: DroppedRows) -> Iterator[None]:
+    """While open, rows that lose all their pairs come out of the experts as they went in."""
+    if block.dispatch == "dense":
+        raise ModesError(
+            f'variant="modes-code" passes dropped tokens around the experts, but {block.name} is given each '
+            "token once for each expert; use another variant."
+        )
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        place = find_rows(args, kwargs)
+        assert place is not None and rule.rows is not None
+        given = argument(place, args, kwargs)
+        if given.shape != output.shape:
+            raise ModesError(
+                f'variant="modes-code" passes dropped tokens around the experts, but those of {block.name} '
+                f"turn rows of {given.shape[-1]} into rows of {output.shape[-1]}; use another variant."
+            )
+        return torch.where(rule.rows.to(output.device)[:, None], given.to(output.dtype), output)
+
+    handle = block.experts.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

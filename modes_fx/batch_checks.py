@@ -16,12 +16,15 @@ def look_through(
     batches: Iterable[Batch],
     ids: tuple[Sequence[int], Sequence[int]],
     dropped: Iterable[int | None],
+    *,
+    ahead: int = 1,
 ) -> list[str]:
     """`batch_digest` of every batch, after looking for all that would fail hours later or measure nothing.
 
     Args:
         ids: Visual and special token ids.
         dropped: The modalities that alpha is measured for; None: any.
+        ahead: See `answer_logits`.
     Raises:
         ModesError: No batches, no answers, a batch that is empty or no dict with labels of the shape of its
             `input_ids`, ids beyond the vocabulary, inputs that are not finite, or no token of a modality.
@@ -44,7 +47,7 @@ def look_through(
         for name, value in batch.items():
             if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
                 raise ModesError(f"The {name} of batch {index} contain NaN or infinity; leave the batch out.")
-        answers += int((labels[:, 1:] != IGNORED).sum())
+        answers += int((labels[:, ahead:] != IGNORED).sum())
         digests.append(batch_digest(batch))
     if not answers:
         raise ModesError(no_answers(len(digests)))

@@ -15,20 +15,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from modes_fx.alpha_exact import Task, check_resumed, measure_exact
+from modes_fx.alpha_exact import VARIANTS, Task, check_resumed, measure_exact
 from modes_fx.batch_checks import look_through
 from modes_fx.blocks import Block, find_blocks, unwrap
 from modes_fx.calibration_state import Journal, State
 from modes_fx.distributed import World, total, world_of
 from modes_fx.errors import ModesError
 from modes_fx.measure import Batch, check_device, evaluating, model_digest
-from modes_fx.modality import TEXT, VISION
 from modes_fx.profile import Layer, Profile, fingerprint, normalise
 from modes_fx.progress import progress_bar
 
-Variant = Literal["modality", "paper"]
-# What is dropped, one forward each: "modality" is what the paper's code does, "paper" what its text says.
-_DROPPED: dict[str, tuple[int | None, ...]] = {"modality": (TEXT, VISION), "paper": (None,)}
+VariantName = Literal["modality", "paper", "modes-code"]
 _VISUAL_KEYS = (
     *("image_token_id", "video_token_id", "image_token_index", "video_token_index"),
     *("media_placeholder_token_id", "visual_indicator_token_ids"),
@@ -43,7 +40,7 @@ def calibrate(
     *,
     processor: Any = None,
     special_token_ids: Sequence[int] | None = None,
-    variant: Variant = "modality",
+    variant: VariantName = "modality",
     progress: bool = True,
     resume: str | os.PathLike[str] | None = None,
     reuse: bool = True,
@@ -62,6 +59,9 @@ def calibrate(
         special_token_ids: Ids that are neither text nor vision; the visual ids are taken out of them.
         variant: `modality`: one alpha for text and one for vision, each summing to 1 over the blocks, from
             passes that drop a block for tokens of one modality only. `paper`: one alpha for both.
+            `modes-code`, what the paper's code does: like `modality`, but dropped tokens get the experts'
+            input in place of their output, and the answer's prediction of its first token is left out, while
+            the logits at its last token count.
         progress: Show a bar.
         resume: File to keep what is measured in. A killed run that is started again with it goes on where
             it was, and gives the same profile to the byte. It is written every 20 seconds, or after each
@@ -73,22 +73,23 @@ def calibrate(
     Raises:
         ModesError: No MoE block, unusable batches, or logits that are not finite.
     """
-    if variant not in _DROPPED:
-        raise ModesError(f"variant must be one of {', '.join(_DROPPED)}, got {variant!r}.")
+    if variant not in VARIANTS:
+        raise ModesError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}.")
     model = unwrap(model)
     check_device(model)
     blocks = find_blocks(model)
     ids = token_ids(model, processor, special_token_ids)
-    dropped = _DROPPED[variant]
+    meaning = VARIANTS[variant]
+    dropped = meaning.dropped
     with world_of(model) as world:
         with world.together():
-            digests = look_through(model, batches, ids, dropped)
+            digests = look_through(model, batches, ids, dropped, ahead=meaning.ahead)
             identity = model_digest(model)
         world.agree(
             hashlib.sha256(repr((identity, variant, ids, digests)).encode()).hexdigest(), "model or batches"
         )
         shares = world.shares(len(digests), len(blocks))
-        task = Task(model, blocks, ids, dropped, shares, digests, reuse)
+        task = Task(model, blocks, ids, meaning, shares, digests, reuse)
         key = {
             "model": identity,
             "variant": variant,
@@ -127,14 +128,13 @@ def _profile(
     state: State,
     model: nn.Module,
     blocks: Sequence[Block],
-    variant: Variant,
+    variant: VariantName,
     visual: tuple[int, ...],
     special: tuple[int, ...],
 ) -> Profile:
     scales = [1.0 if scale is None else scale[1] for scale in state.weight_scales]
-    # Rounding may leave a sum a hair below zero, which KL never is.
-    columns = [[max(0.0, total) for total in column] for column in zip(*state.kl_sums, strict=True)]
-    alphas = [normalise([total / state.num_tokens for total in column]) for column in columns]
+    columns = zip(*state.kl_sums, strict=True)
+    alphas = [normalise([kl_sum / state.num_tokens for kl_sum in column]) for column in columns]
     layers = tuple(
         Layer(
             name=block.name,

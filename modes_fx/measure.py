@@ -165,6 +165,7 @@ class Meter:
         observe: A rule asked during the unskipped pass, e.g. to record scores; it drops nothing.
     Attributes:
         survey: What the batches hold, see `Survey`.
+        digests: `batch_digest` of each batch.
         unskipped: What the original model measures: KL zero, nothing dropped, its right answers.
     """
 
@@ -186,7 +187,7 @@ class Meter:
         self.survey = survey(self.batches, *self.ids)
         self.encoder = EncoderMemory(self.model)
         self.original: list[Tensor] = []
-        self._digests: list[str] = []
+        self.digests: list[str] = []
         self.unskipped = self._run(observe or keep_all, None, False, bar, Pass(), None)
         self.num_samples = self.survey.num_samples
         self.num_tokens = self.survey.num_answer_tokens
@@ -244,7 +245,7 @@ class Meter:
             for index, batch in enumerate(self.batches):
                 seen += 1
                 if original is not None and (
-                    index >= len(original) or batch_digest(batch) != self._digests[index]
+                    index >= len(original) or batch_digest(batch) != self.digests[index]
                 ):
                     raise ModesError(changed(index, len(original)))
                 if bar is not None:
@@ -257,7 +258,7 @@ class Meter:
                 if original is None:
                     check_finite(logits, f"the original model, batch {index}")
                     self.original.append(logits.cpu())
-                    self._digests.append(batch_digest(batch))
+                    self.digests.append(batch_digest(batch))
                 _add_answers(done, batch, self.original[index], logits, f"batch {index}")
                 done.batches = index + 1
                 if after_batch is not None:
@@ -457,12 +458,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
+def answer_logits(model: nn.Module, batch: Batch, *, ahead: int = 1) -> Tensor:
     """The logits that predict each answer token, the first one included.
 
     Position p predicts token p + 1, so the logits at p are taken where `labels[:, p + 1]` is not -100.
     The model is called without labels (no loss is computed) and without a cache.
 
+    Args:
+        ahead: 0 takes the logits at the answer's own positions instead, as the code of MoDES does.
     Returns:
         `[answer tokens, vocabulary]`, row by row of the batch, in the model's dtype.
     """
@@ -470,7 +473,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
     labels = checked_labels(batch).to(device)
     given = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
     inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in given.items()}
-    rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    rows, columns = (labels[:, ahead:] != IGNORED).nonzero(as_tuple=True)
     known = inspect.signature(model.forward).parameters
     # Only the columns that answer are projected to the vocabulary, where the model can do so.
     keep = columns.unique()

@@ -23,6 +23,13 @@ class Bar:
             self._progress.update(self._task, note=text)
 
 
+def rate(steps_per_second: float | None) -> str:
+    """Steps per second, or seconds per step where that is the longer number; "" where it is not known yet."""
+    if not steps_per_second:
+        return ""
+    return f"{steps_per_second:.1f}/s" if steps_per_second >= 1 else f"{1 / steps_per_second:.1f} s each"
+
+
 @contextmanager
 def progress_bar(description: str, total: int | None, *, enabled: bool) -> Iterator[Bar]:
     """A bar of `total` steps (None: unknown) while the block runs."""
@@ -31,12 +38,26 @@ def progress_bar(description: str, total: int | None, *, enabled: bool) -> Itera
         return
     # Here, so that a process which only compiles does not load it.
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(rate(task.finished_speed or task.speed), style="progress.data.speed")
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
+        Rate(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )

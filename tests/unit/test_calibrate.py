@@ -363,7 +363,7 @@ def test_a_model_without_experts_is_refused(batches):
 
 
 def test_an_unknown_variant_is_refused(model, batches):
-    with pytest.raises(ModesError, match="variant must be one of modality, paper, got 'both'"):
+    with pytest.raises(ModesError, match="variant must be one of modality, paper, modes-code, got 'both'"):
         calibrate(model, batches, special_token_ids=SPECIAL, variant="both", progress=False)
 
 
