@@ -1,49 +1,42 @@
-"""tau_text and tau_vision: the two thresholds that reach a wanted skip rate at the least KL (MoDES 5.2).
+"""tau_text and tau_vision: the two thresholds that reach a target at the least loss (MoDES 5.2).
 
-The paper walks a 100 x 100 grid of thresholds along the frontier where the skip rate just reaches its target.
-Here one unskipped pass records every score, so thresholds are placed at *ranks* of the scores, and the skip
-rate that fixed routing would give (open loop) is known everywhere. Skipping changes later routing, so every
-candidate is then run for real (closed loop) and its vision threshold corrected until the measured rate fits.
+The paper walks a 100 x 100 grid of thresholds along the frontier where the skip rate just reaches its
+target. Here one unskipped pass records every score, which predicts the skip rate over the whole grid; passes
+are spent where the best point is expected, every point is measured, and thresholds then leave the grid.
 """
 
 import dataclasses
-import math
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from modes_fx.blocks import find_blocks
+from modes_fx.blocks import find_blocks, unwrap
 from modes_fx.errors import SearchError
-from modes_fx.measure import Batch, Measured, Meter, WeightRecorder
-from modes_fx.modality import OTHER, TEXT, VISION
+from modes_fx.grid import Scores, Spacing
+from modes_fx.grid import threshold_at_rank as threshold_at_rank
+from modes_fx.measure import Batch, Meter, Pass, WeightRecorder, check_batches, model_digest, survey
+from modes_fx.modality import TEXT, VISION
+from modes_fx.points import Frontier, Point
 from modes_fx.profile import Profile
 from modes_fx.progress import Bar, progress_bar
+from modes_fx.search_journal import Journal
+from modes_fx.search_methods import Problem, exhaustive, guided, refine, staircase
 from modes_fx.skipping import block_alphas, thresholds
+from modes_fx.targets import Target
 
-# Text thresholds tried before refining around the best, and closed-loop corrections of each.
-_COARSE_LEVELS = 8
-_CORRECTIONS = 3
+Method = Literal["guided", "staircase", "exhaustive"]
 
+# Passes of a guided search, and those of them that are for what lies between the points of the grid.
+EVALUATIONS = 30
+_REFINING = 6
 # Powers of alpha that are tried unless told. Raw alpha decides by layer and hardly by expert: on the demo
 # model it spans 1:14, the weights 1:4. The best of these had half (at 50 and 67 % skip) to a quarter (at
 # 83 %) of the KL of raw alpha on held-out data, and which power is best depends on the rate.
 EXPONENTS = (1.0, 0.5, 0.25, 0.0)
-# Text thresholds that are enough to tell which power is best.
-_COMPARE_GRID = 16
-
-
-@dataclass(frozen=True)
-class Point:
-    """Two thresholds and what they measure: skip rates in 0..1, KL per answer token in nats."""
-
-    tau_text: float
-    tau_vision: float
-    skip: float
-    skip_text: float
-    skip_vision: float
-    kl: float
+# Passes that are enough to tell which power is best.
+_COMPARING = 12
 
 
 def search(
@@ -51,64 +44,85 @@ def search(
     batches: Iterable[Batch],
     profile: Profile,
     *,
-    target_skip: float,
+    target_skip: float | None = None,
+    target: Target | None = None,
     tolerance: float = 0.01,
+    method: Method = "guided",
     grid: int = 100,
+    spacing: Spacing = "rank",
     exponents: Sequence[float] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    save_frontier: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Profile:
-    """Set the thresholds of a calibrated profile so that it skips `target_skip` of all pairs.
+    """Set the thresholds of a calibrated profile so that they reach a target.
 
     Args:
         model: The model that the profile was calibrated on; a compiled one is unwrapped. Left as it was.
-        batches: As for `calibrate`.
+        batches: As for `calibrate`; `task` names the task of each row where the target has floors of tasks.
         profile: Its alphas are used, its thresholds replaced.
-        target_skip: Dropped pairs / all pairs over non-padding tokens, 0..1. Special tokens are never
-            dropped and do count.
+        target_skip: Dropped pairs / all pairs over non-padding tokens, 0..1; short for `Target(skip=...)`.
+            Special tokens are never dropped and do count.
+        target: Any other target, in place of `target_skip`.
         tolerance: How far the measured skip rate may lie from the target; at or above it where possible.
-        grid: Text thresholds are placed at multiples of 1/grid of the text pairs.
-        exponents: Powers of alpha to try; the one of least KL wins and the profile's alphas become that
-            power, normalised. 1 is the paper's alpha; 0 is two thresholds on the routing weights alone.
-            By default `EXPONENTS`, or 1 alone for a profile whose alphas were tempered before.
+        method: `guided` measures where a model of what was measured expects the best point, at most
+            `EVALUATIONS` times; `staircase` is the paper's walk, about two passes per step of the grid;
+            `exhaustive` measures the whole grid.
+        grid: Thresholds of the grid per modality.
+        spacing: `rank` spaces them evenly over the recorded scores; `exp` and `linear` are those of the
+            paper's code, whatever the scores are.
+        exponents: Powers of alpha to try; the best one wins and the profile's alphas become that power,
+            normalised. 1 is the paper's alpha; 0 is two thresholds on the routing weights alone. By default
+            `EXPONENTS`, or 1 alone for a profile whose alphas were tempered before.
+        resume: File to keep what is measured in. A killed search that is started again with it measures
+            nothing twice but the unskipped pass, and gives the same profile to the byte.
+        save_frontier: File to write every measured point to, see `Frontier`.
         progress: Show a bar.
     Returns:
         The profile with its thresholds, target and what was measured at them on `batches`.
     Raises:
-        SearchError: No thresholds come within `tolerance`; the message names the nearest measured rate.
+        SearchError: The target contradicts itself or the batches, or no thresholds come within `tolerance`
+            of it; the message names the nearest that was measured.
         ModesError: As for `calibrate`; `ProfileError` when the profile is of another model.
     """
+    wanted = _one_target(target_skip, target)
     with progress_bar("search", None, enabled=progress) as bar:
-        plain = ThresholdSearch(model, batches, profile, bar=bar)
-        best = choose_exponent(plain, target_skip, exponents, tolerance=tolerance, grid=grid)
-        point = best.find(target_skip, tolerance=tolerance, grid=grid)
-    return apply(best.profile, point, target_skip)
+        plain = ThresholdSearch(model, batches, profile, target=wanted, bar=bar, resume=resume)
+        options: dict[str, Any] = {"tolerance": tolerance, "grid": grid, "method": method, "spacing": spacing}
+        best = choose_exponent(plain, wanted, exponents, **options)
+        point = best.find(wanted, **options)
+    if save_frontier is not None:
+        best.frontier.save(save_frontier)
+    return apply(best.profile, point, wanted.skip)
 
 
 def frontier(
     model: nn.Module,
     batches: Iterable[Batch],
     profile: Profile,
-    targets: Sequence[float] = (0.5, 0.67, 0.75, 0.83, 0.88),
+    targets: Sequence[float | Target] = (0.5, 0.67, 0.75, 0.83, 0.88),
     *,
     tolerance: float = 0.01,
-    grid: int = 16,
+    grid: int = 100,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
-) -> list[Point]:
-    """The best point found for each target, measured; for plots. See `search`."""
+) -> Frontier:
+    """Everything measured while searching each target in turn, with the profile's alphas as they are."""
     with progress_bar("frontier", None, enabled=progress) as bar:
-        thresholds_of = ThresholdSearch(model, batches, profile, bar=bar)
-        return [thresholds_of.find(target, tolerance=tolerance, grid=grid) for target in targets]
+        thresholds_of = ThresholdSearch(model, batches, profile, bar=bar, resume=resume)
+        for target in targets:
+            thresholds_of.find(target, tolerance=tolerance, grid=grid)
+        return thresholds_of.frontier
 
 
 def choose_exponent(
     plain: "ThresholdSearch",
-    target: float,
+    target: float | Target,
     exponents: Sequence[float] | None = None,
-    *,
-    tolerance: float = 0.01,
-    grid: int = 100,
+    **options: Any,
 ) -> "ThresholdSearch":
-    """The search with the power of alpha whose KL at `target` is least; arguments as for `search`."""
+    """The search with the power of alpha that is best at `target`; options as for `ThresholdSearch.find`."""
+    target = _as_target(target)
     if exponents is None:
         exponents = (1.0,) if "^" in plain.profile.method else EXPONENTS
     if not exponents:
@@ -120,8 +134,8 @@ def choose_exponent(
     refused: list[SearchError] = []
     for each in tries:
         try:
-            point = each.find(target, tolerance=tolerance, grid=min(grid, _COMPARE_GRID))
-            found.append((point.kl, each))
+            point = each.find(target, **{**options, "evaluations": _COMPARING})
+            found.append((target.cost(point), each))
         except SearchError as error:
             # Ties that step over the target with one power may not with another.
             refused.append(error)
@@ -130,7 +144,7 @@ def choose_exponent(
     return min(found, key=lambda entry: entry[0])[1]
 
 
-def apply(profile: Profile, point: Point, target_skip: float) -> Profile:
+def apply(profile: Profile, point: Point, target_skip: float | None) -> Profile:
     """The profile with a point's thresholds and what was measured there."""
     return dataclasses.replace(
         profile,
@@ -141,209 +155,188 @@ def apply(profile: Profile, point: Point, target_skip: float) -> Profile:
         measured_skip_text=point.skip_text,
         measured_skip_vision=point.skip_vision,
         kl=point.kl,
+        kl_low=point.kl_low,
+        kl_high=point.kl_high,
     )
-
-
-def threshold_at_rank(scores: Tensor, rank: int) -> float:
-    """The threshold below which about `rank` of the scores lie.
-
-    Between two neighbouring scores where they differ; among equal scores, which stand or fall together, at
-    the nearer end of the run.
-
-    Args:
-        scores: Ascending, `[pairs]` float32, >= 0.
-        rank: Pairs to drop; <= 0 gives 0.0 (none), >= len(scores) gives inf (all).
-    """
-    count = len(scores)
-    if rank <= 0 or count == 0:
-        return 0.0
-    if rank < count:
-        value = scores[rank]
-        first = int(torch.searchsorted(scores, value))
-        last = int(torch.searchsorted(scores, value, right=True))
-        rank = first if rank - first <= last - rank else last
-    if rank <= 0:
-        return 0.0
-    if rank >= count:
-        return math.inf
-    below, above = scores[rank - 1], scores[rank]
-    middle = (below + above) / 2
-    return float(middle if middle > below else above)
 
 
 class ThresholdSearch:
     """Finds thresholds for one model, batches and profile; targets share what has been measured.
 
+    Args:
+        model, batches, profile: As for `search`.
+        target: Batches that hold nothing of what it is about are refused before the model runs.
+        resume: As for `search`.
     Attributes:
         profile: The profile whose alphas are used.
-        points: Everything measured so far, in order.
-        meter: What measures it, for comparing other policies on the same batches.
+        exponent: The power of the given profile's alphas that these are.
+        meter: What measures, for comparing other policies on the same batches.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Iterable[Batch], profile: Profile, *, bar: Bar | None = None
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        profile: Profile,
+        *,
+        target: Target | None = None,
+        bar: Bar | None = None,
+        resume: str | os.PathLike[str] | None = None,
     ) -> None:
+        model = unwrap(model)
         block_alphas(profile, find_blocks(model))  # A foreign profile is refused before anything runs.
-        recorder = WeightRecorder()
         ids = (profile.visual_token_ids, profile.special_token_ids)
+        if target is not None:
+            target.check_batches(survey(check_batches(batches), *ids))
+        cleared = profile.with_thresholds(tau_text=0.0, tau_vision=0.0)
+        key = {"profile": cleared.digest(), "model": model_digest(model)} if resume is not None else {}
+        journal = Journal(resume, key)
+        recorder = WeightRecorder()
         meter = Meter(model, batches, *ids, observe=recorder, bar=bar)
-        self._start(meter, recorder, profile, bar or Bar())
+        journal.check_batches(meter.digests)
+        self._start(meter, recorder, profile, bar or Bar(), journal, 1.0)
 
-    def _start(self, meter: Meter, recorder: WeightRecorder, profile: Profile, bar: Bar) -> None:
-        self.meter, self._recorder, self.profile, self._bar = meter, recorder, profile, bar
+    def _start(
+        self,
+        meter: Meter,
+        recorder: WeightRecorder,
+        profile: Profile,
+        bar: Bar,
+        journal: Journal,
+        exponent: float,
+    ) -> None:
+        self.meter, self.profile, self.exponent = meter, profile, exponent
+        self._recorder, self._bar, self._journal = recorder, bar, journal
         self._alphas = block_alphas(profile, meter.blocks)
-        text, vision = zip(*self._alphas, strict=True)
-        self._scores = (recorder.scores(TEXT, text), recorder.scores(VISION, vision))
-        self._pairs = int(meter.counts.pairs.sum())
-        self._other = int(meter.counts.pairs[:, OTHER].sum())
+        assert meter.unskipped.phases is not None
+        self._scores = Scores(recorder, self._alphas, meter.counts, meter.unskipped.phases)
         self._found: dict[tuple[float, float], Point] = {}
-        # How much more than predicted was skipped, lately, in pairs: the first guess for the next candidate.
-        self._drift = 0.0
 
     def tempered(self, exponent: float) -> "ThresholdSearch":
         """The same search with alpha**exponent; what the original model answered is not computed again."""
         other = object.__new__(ThresholdSearch)
-        other._start(self.meter, self._recorder, self.profile.tempered(exponent), self._bar)
+        profile = self.profile.tempered(exponent)
+        power = self.exponent * exponent
+        other._start(self.meter, self._recorder, profile, self._bar, self._journal, power)
         return other
 
     @property
     def points(self) -> list[Point]:
+        """Everything measured with these alphas, in order."""
         return list(self._found.values())
+
+    @property
+    def frontier(self) -> Frontier:
+        """Everything measured, with these alphas and other powers of them."""
+        return Frontier(self._journal.points)
 
     @property
     def highest_skip(self) -> float:
         """The skip rate when every pair of a text or vision token is dropped: exact, nothing skips more."""
-        return 1 - self._other / self._pairs
+        return self._scores.highest("skip")
 
     def measure(self, tau_text: float, tau_vision: float) -> Point:
         """Run the model with these thresholds over all batches, once."""
-        key = (tau_text, tau_vision)
-        if key not in self._found:
-            measured = self.meter.measure(thresholds(self._alphas, tau_text, tau_vision), bar=self._bar)
-            self._found[key] = _point(key, measured)
-            self._bar.note(f"skip {measured.skip:.3f} KL {measured.kl:.5f}")
-        return self._found[key]
+        taus = (tau_text, tau_vision)
+        if taus not in self._found:
+            self._found[taus] = self._journal.find(self.exponent, taus) or self._run(taus)
+            point = self._found[taus]
+            self._bar.note(f"skip {point.skip:.3f} KL {point.kl:.5f}")
+        return self._found[taus]
 
-    def find(self, target: float, *, tolerance: float = 0.01, grid: int = 100) -> Point:
-        """The thresholds of least measured KL whose measured skip rate meets `target`; see `search`."""
-        if not 0 <= target <= 1:
-            raise SearchError(f"target_skip must be from 0 to 1, got {target}.")
+    def _run(self, taus: tuple[float, float]) -> Point:
+        def keep(done: Pass) -> None:
+            self._journal.keep_pass(self.exponent, taus, done)
+
+        done = self._journal.under_way(self.exponent, taus)
+        rule = thresholds(self._alphas, *taus)
+        measured = self.meter.measure(rule, bar=self._bar, done=done, after_batch=keep)
+        point = Point.of(taus, measured, self.exponent)
+        self._journal.keep(point)
+        return point
+
+    def find(
+        self,
+        target: float | Target,
+        *,
+        tolerance: float = 0.01,
+        grid: int = 100,
+        method: Method = "guided",
+        spacing: Spacing = "rank",
+        evaluations: int = EVALUATIONS,
+        leave_grid: bool = True,
+    ) -> Point:
+        """The best measured thresholds for a target, see `search`.
+
+        Args:
+            evaluations: Passes that a guided search may take; more only where ties step over the target.
+            leave_grid: Whether to go on between the points of the grid.
+        """
+        target = _as_target(target)
         if tolerance <= 0 or grid < 1:
             raise SearchError(f"tolerance and grid must be above 0, got {tolerance} and {grid}.")
-        if target > self.highest_skip + tolerance:
-            raise SearchError(
-                f"A skip rate of {target:.3f} cannot be reached: special tokens are never skipped, and the "
-                f"nearest reachable is {self.highest_skip:.3f}, with everything else dropped."
-            )
-        if target == 0:
+        for name, value, known in (("method", method, Method), ("spacing", spacing, Spacing)):
+            if value not in get_args(known):
+                raise SearchError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}.")
+        for name, rate in target.rates.items():
+            if rate > self._scores.highest(name) + tolerance:
+                raise SearchError(
+                    f"A {_spoken(name)} of {rate:.3f} cannot be reached: special tokens are never skipped, "
+                    f"and the nearest reachable is {self._scores.highest(name):.3f}, with everything else "
+                    "dropped."
+                )
+        if not target.wants_most_skip and not any(target.rates.values()):
             return self.measure(0.0, 0.0)
-        self._drift = 0.0
-        self._try_edges(target, tolerance)
-        self._try_text_levels(target, tolerance, grid)
-        best = self._best(target, tolerance)
-        if best is None:
-            self._try_beside_plateaus(target, tolerance)
-            best = self._best(target, tolerance)
-        if best is None:
-            near = min(self.points, key=lambda point: abs(point.skip - target))
+        problem = Problem(
+            self._scores,
+            self._scores.grid(TEXT, grid, spacing),
+            self._scores.grid(VISION, grid, spacing),
+            target,
+            target.least_accuracy(self.meter.unskipped.accuracy),
+            self.measure,
+            lambda: self.points,
+        )
+        if method == "guided":
+            guided(problem, evaluations - _REFINING if leave_grid else evaluations)
+        else:
+            {"staircase": staircase, "exhaustive": exhaustive}[method](problem)
+        if leave_grid:
+            refine(problem, tolerance)
+        return self._best(problem, tolerance if leave_grid else 1.0)
+
+    def _best(self, problem: Problem, tolerance: float) -> Point:
+        target = problem.target
+
+        def pool(least: float) -> list[Point]:
+            within = [p for p in self.points if least <= target.excess(p) <= tolerance or not target.rates]
+            return [p for p in within if all(loss <= 0 for loss in target.losses(p, problem.least_accuracy))]
+
+        if target.wants_most_skip:
+            found = [p for p in self.points if problem.allowed(p)]
+        else:
+            found = pool(0.0) or pool(-tolerance)
+        if found:
+            return min(found, key=lambda point: (target.cost(point), abs(target.excess(point))))
+        near = min(self.points, key=lambda point: abs(target.excess(point)))
+        if target.kl is not None or problem.least_accuracy:
             raise SearchError(
-                f"No thresholds give a skip rate within {tolerance:g} of {target:.3f}; "
-                f"the nearest reachable found is {near.skip:.3f}."
+                f"No thresholds were found for {target}; at {near} the losses are above what they may be."
             )
-        return best
-
-    def _try_edges(self, target: float, tolerance: float) -> None:
-        """The ends of the frontier, where one modality is skipped entirely or not at all."""
-        wanted = target * self._pairs
-        if target >= self.highest_skip - tolerance:
-            self.measure(math.inf, math.inf)
-        if wanted >= len(self._scores[VISION]):
-            self._solve(TEXT, math.inf, wanted - len(self._scores[VISION]), target, tolerance)
-        if wanted <= len(self._scores[TEXT]):
-            self._solve(TEXT, 0.0, wanted, target, tolerance)
-
-    def _try_text_levels(self, target: float, tolerance: float, grid: int) -> None:
-        """Text thresholds over the whole frontier, then ever closer around the best one."""
-        text, vision = len(self._scores[TEXT]), len(self._scores[VISION])
-        wanted = target * self._pairs
-        first = max(0, math.ceil(grid * (wanted - vision) / text)) if text else 0
-        last = min(grid, math.floor(grid * wanted / text)) if text else 0
-        tried: dict[int, Point] = {}
-
-        def try_level(level: int) -> None:
-            if level not in tried and first <= level <= last:
-                rank = round(level / grid * text)
-                tau = threshold_at_rank(self._scores[TEXT], rank)
-                tried[level] = self._solve(VISION, tau, wanted - rank, target, tolerance)
-
-        step = max(1, math.ceil((last - first) / _COARSE_LEVELS))
-        for level in [*range(first, last + 1, step), last]:
-            try_level(level)
-        while step > 1 and tried:
-            step = (step + 1) // 2 if step > 2 else 1
-            near = {lv: p for lv, p in tried.items() if abs(p.skip - target) <= tolerance} or tried
-            centre = min(near, key=lambda lv: near[lv].kl)
-            try_level(centre - step)
-            try_level(centre + step)
-
-    def _try_beside_plateaus(self, target: float, tolerance: float) -> None:
-        """Equal scores drop together and can step over the target; fill the gap with text pairs."""
-        wanted = target * self._pairs
-        for side in (min, max):
-            gap = [p for p in self.points if (p.skip < target) == (side is max)]
-            if gap:
-                tau = side(gap, key=lambda point: point.skip).tau_vision
-                vision = float((self._scores[VISION] < tau).sum())
-                self._solve(TEXT, tau, wanted - vision, target, tolerance, corrections=4 * _CORRECTIONS)
-
-    def _solve(
-        self,
-        free: int,
-        fixed: float,
-        rank: float,
-        target: float,
-        tolerance: float,
-        corrections: int = _CORRECTIONS,
-    ) -> Point:
-        """Move the threshold of modality `free` from `rank` on until the measured skip rate meets the target.
-
-        A pair more or less in rank is about a pair more or less skipped, so the miss itself is the step; a
-        bracket of what was too low and too high catches where that does not hold.
-        """
-        scores = self._scores[free]
-        low, high = 0.0, float(len(scores))
-        start = rank
-        # A little above the target, for at or above it is what is wanted.
-        aim = target + tolerance / 4
-        rank += (aim - target) * self._pairs - self._drift
-        best: Point | None = None
-        for _ in range(1 + corrections):
-            tau = threshold_at_rank(scores, round(min(max(rank, low), high)))
-            point = self.measure(fixed, tau) if free == VISION else self.measure(tau, fixed)
-            if best is None or _miss(point, target) < _miss(best, target):
-                best = point
-                self._drift = (point.skip - target) * self._pairs - (rank - start)
-            if 0 <= point.skip - target <= tolerance / 2:
-                break
-            low, high = (max(low, rank), high) if point.skip < target else (low, min(high, rank))
-            guess = rank + (aim - point.skip) * self._pairs
-            rank = guess if low < guess < high else (low + high) / 2
-            if high - low < 1:
-                break
-        assert best is not None
-        return best
-
-    def _best(self, target: float, tolerance: float) -> Point | None:
-        reached = [p for p in self.points if 0 <= p.skip - target <= tolerance]
-        near = [p for p in self.points if abs(p.skip - target) <= tolerance]
-        pool = reached or near
-        return min(pool, key=lambda point: (point.kl, abs(point.skip - target))) if pool else None
+        raise SearchError(
+            f"No thresholds give a skip rate within {tolerance:g} of {target}; "
+            f"the nearest reachable found is {near.skip:.3f}."
+        )
 
 
-def _miss(point: Point, target: float) -> float:
-    """Distance from the target; below it counts double."""
-    return point.skip - target if point.skip >= target else 2 * (target - point.skip)
+def _one_target(target_skip: float | None, target: Target | None) -> Target:
+    if (target_skip is None) == (target is None):
+        raise SearchError("Give target_skip, or target=Target(...) for any other target, and not both.")
+    return Target(skip=target_skip) if target is None else target
 
 
-def _point(taus: tuple[float, float], measured: Measured) -> Point:
-    return Point(*taus, measured.skip, measured.skip_text, measured.skip_vision, measured.kl)
+def _as_target(target: float | Target) -> Target:
+    return target if isinstance(target, Target) else Target(skip=target)
+
+
+def _spoken(rate: str) -> str:
+    return " ".join(["skip rate", *(["of", part] if (part := rate.removeprefix("skip").strip("_")) else [])])
