@@ -40,8 +40,8 @@ def keep_mask(
     modality: Tensor | None,
     alpha_text: float,
     alpha_vision: float,
-    tau_text: float,
-    tau_vision: float,
+    tau_text: float | Tensor,
+    tau_vision: float | Tensor,
 ) -> Tensor:
     """Which pairs are kept.
 
@@ -49,7 +49,7 @@ def keep_mask(
         scores: Local routing signal of each slot, `[T, K]`, floating point.
         modality: `[T]`, uint8: 0 text, 1 vision, 2 other. None when every token is text.
         alpha_text, alpha_vision: The layer's importance per modality, dimensionless.
-        tau_text, tau_vision: Thresholds, dimensionless; infinity drops everything.
+        tau_text, tau_vision: Thresholds, dimensionless; infinity drops everything. A tensor is float32, `[]`.
     Returns:
         `[T, K]`, bool. Compared in float32, whatever the dtype of `scores`.
     """

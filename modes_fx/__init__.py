@@ -6,6 +6,7 @@ from modes_fx.attach import attach as attach
 from modes_fx.backend import Backend as Backend
 from modes_fx.backend import backend as backend
 from modes_fx.calibrate import calibrate as calibrate
+from modes_fx.controller import Controller as Controller
 from modes_fx.errors import ModesError as ModesError
 from modes_fx.errors import ProfileError as ProfileError
 from modes_fx.errors import RewriteError as RewriteError

@@ -23,15 +23,18 @@ from modes_fx import call_modality as calls
 from modes_fx.backend import raise_recompile_limit
 from modes_fx.blocks import Block, find_blocks, is_experts, unwrap
 from modes_fx.call_rows import argument, enclosing_modules, find_rows, is_inside, with_argument
+from modes_fx.decisions import count_pairs, decide
 from modes_fx.embeddings import EmbeddingTable
 from modes_fx.errors import ModesError, RewriteError
-from modes_fx.kernels.masked_moe import masked_moe
+from modes_fx.kernels.masked_moe import keep_mask, masked_moe
 from modes_fx.passes.find_blocks import Declined
 from modes_fx.passes.find_blocks import find_blocks as find_experts
-from modes_fx.passes.prove import Constants, prove
-from modes_fx.passes.skip_experts import build
+from modes_fx.passes.prove import prove
+from modes_fx.passes.skip_experts import build, constants_of
 from modes_fx.passes.unit import Unit, is_token_embedding
 from modes_fx.profile import Layer, Profile, fingerprint
+from modes_fx.skipping import Counts
+from modes_fx.thresholds import Thresholds
 
 IMPLEMENTATION = "modes_fx"
 # Where an experts module keeps its constants; no tensor, so that no state dict holds it.
@@ -57,9 +60,19 @@ class _Skipping(NamedTuple):
     interleaved: bool
     is_transposed: bool
     weights_on_input: bool
+    alphas: tuple[str, str]
+    thresholds: Tensor | None
+    counts: Tensor | None
 
 
-def attach(model: nn.Module, profile: Profile | str | os.PathLike[str], *, strict: bool = True) -> "Attached":
+def attach(
+    model: nn.Module,
+    profile: Profile | str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    adjustable: bool | tuple[float, float] = False,
+    counting: bool = False,
+) -> "Attached":
     """Make a model skip the experts that the profile drops, compiled or not.
 
     Call the module that was attached, with `input_ids`; a call whose tokens are of unknown modality skips
@@ -71,6 +84,8 @@ def attach(model: nn.Module, profile: Profile | str | os.PathLike[str], *, stric
         profile: A `Profile`, or the path of one.
         strict: Raise `RewriteError` for experts that cannot be replaced; False warns and leaves them as they
             are.
+        adjustable, counting: As of `modes_fx.backend`. Counts of calls that run at the same time in several
+            threads may lose some.
     Returns:
         What undoes it: `.detach()`, or the end of a `with` block.
     Raises:
@@ -78,7 +93,7 @@ def attach(model: nn.Module, profile: Profile | str | os.PathLike[str], *, stric
         RewriteError: See `strict`.
         ModesError: No MoE block, or the model is attached already.
     """
-    return Attached(model, profile, strict=strict)
+    return Attached(model, profile, strict=strict, adjustable=adjustable, counting=counting)
 
 
 class Attached:
@@ -87,10 +102,18 @@ class Attached:
     Attributes:
         layers: Names of the profile's layers that skip, in layer order.
         declined: Why others do not, by module name.
+        thresholds: What moves them, with `adjustable`, or None.
+        counting: Whether `counts()` counts.
     """
 
     def __init__(
-        self, model: nn.Module, profile: Profile | str | os.PathLike[str], *, strict: bool = True
+        self,
+        model: nn.Module,
+        profile: Profile | str | os.PathLike[str],
+        *,
+        strict: bool = True,
+        adjustable: bool | tuple[float, float] = False,
+        counting: bool = False,
     ) -> None:
         if not isinstance(profile, Profile):
             profile = Profile.load(profile)
@@ -100,6 +123,9 @@ class Attached:
         self.profile = profile
         self.layers: tuple[str, ...] = ()
         self.declined: dict[str, str] = {}
+        self.thresholds = Thresholds(profile, adjustable) if adjustable else None
+        self.counting = counting
+        self._counts: dict[str, list[Tensor]] = {}
         self._number = next(_numbers)
         self._undo: list[Callable[[], Any]] = []
         names = {module: name for name, module in model.named_modules()}
@@ -120,6 +146,15 @@ class Attached:
         raise_recompile_limit(len(found))
         self._switch(found)
         self._watch([skipping.name for skipping in found.values()])
+
+    def counts(self) -> Counts:
+        """As of `Backend.counts`, of all the profile's layers."""
+        total = Counts.zero(len(self.profile.layers))
+        for index, layer in enumerate(self.profile.layers):
+            for each in self._counts.get(layer.name, ()):
+                total.pairs[index] += each[0].cpu()
+                total.dropped[index] += each[1].cpu()
+        return total
 
     def detach(self) -> None:
         """Leave the model as it was before; a second time does nothing."""
@@ -152,13 +187,20 @@ class Attached:
                 f"the profile has {layer.num_experts} experts, top {layer.top_k}, "
                 f"the model {block.num_experts}, top {block.top_k}"
             )
-        arguments, parameters = _rewritten(block, layer, self.profile)
+        arguments, parameters = _rewritten(block, layer, self.profile, self.thresholds)
+        device = block.experts.get_parameter(parameters[0] or "").device
+        counts = torch.zeros(2, 3, dtype=torch.int64, device=device) if self.counting else None
+        if counts is not None:
+            self._counts.setdefault(layer.name, []).append(counts)
         return _Skipping(
             model=self._number,
             name=name,
             layer=layer.name,
             constants=tuple(repr(arguments[key]) for key in _FLOATS),  # type: ignore[arg-type]
             parameters=parameters,
+            alphas=(repr(layer.weight_alpha_text), repr(layer.weight_alpha_vision)),
+            thresholds=None if self.thresholds is None else self.thresholds.on(device),
+            counts=counts,
             **{key: arguments[key] for key in _TRAITS},
         )
 
@@ -233,12 +275,22 @@ def _experts_forward(experts: nn.Module, hidden: Tensor, index: Tensor, weights:
     alpha_text, alpha_vision, tau_text, tau_vision = skipping.constants
     gate_up, down, gate_up_bias, down_bias = skipping.parameters
     weight: Tensor = getattr(experts, gate_up)  # type: ignore[arg-type]
+    modality = calls.call_modality(hidden, skipping.model, skipping.name)
+    scores, op_modality = weights, modality
+    if skipping.thresholds is not None:
+        # The constants are those for decisions then, `DECIDED`.
+        scores = decide(weights, modality, skipping.thresholds, *map(float, skipping.alphas))
+        op_modality = None
+    if skipping.counts is not None:
+        rule = map(float, skipping.constants)
+        keep = keep_mask(scores, op_modality, *rule)
+        skipping.counts.add_(count_pairs([keep], modality, [keep.shape[1]])[0])
     out: Tensor = masked_moe(
         hidden.to(weight.dtype),
-        weights,
+        scores,
         weights,
         index,
-        calls.call_modality(hidden, skipping.model, skipping.name),
+        op_modality,
         weight,
         getattr(experts, down),  # type: ignore[arg-type]
         None if gate_up_bias is None else getattr(experts, gate_up_bias),
@@ -268,14 +320,16 @@ class _Stock(nn.Module):
         super().__init__()
         self.experts = experts
 
-    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor, modality: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, index: Tensor, weights: Tensor, modality: Tensor, thresholds: Tensor
+    ) -> Tensor:
         from transformers.integrations.moe import grouped_mm_experts_forward
 
         return grouped_mm_experts_forward(self.experts, hidden, index, weights)
 
 
 def _rewritten(
-    block: Block, layer: Layer, profile: Profile
+    block: Block, layer: Layer, profile: Profile, thresholds: Thresholds | None
 ) -> tuple[dict[str, Any], tuple[str | None, str | None, str | None, str | None]]:
     """What the passes make of a block's experts: the constants of the op, and the names of its parameters."""
     gm, names = _trace(block)
@@ -293,11 +347,10 @@ def _rewritten(
         raise _Refused(f"{unknown[0]} is no parameter of it")
     modality = placeholders["modality"]
     real = {node: block.experts.get_parameter(names[node.name]) for node in experts.parameters()}
-    node = build(gm, experts, layer, Unit(profile, [], modality=modality))
-    taus = (profile.tau_text, profile.tau_vision)
-    proof = prove(
-        experts, node, modality, real, Constants(layer.weight_alpha_text, layer.weight_alpha_vision, *taus)
-    )
+    read = None if thresholds is None else placeholders["thresholds"]
+    unit = Unit(profile, [], modality=modality, thresholds=thresholds, thresholds_input=read)
+    node = build(gm, experts, layer, unit)
+    proof = prove(experts, node, modality, real, constants_of(unit, layer), read)
     if not proof.holds:
         raise _Refused(f"the op differs from it: {proof}")
     op = next(n for n in gm.graph.nodes if n.target is masked_moe)
@@ -316,11 +369,12 @@ def _trace(block: Block) -> tuple[GraphModule, dict[str, str]]:
         hidden = torch.zeros(_TRACED_TOKENS, width, dtype=weights[0].dtype, device=weights[0].device)
         index = hidden.new_zeros(_TRACED_TOKENS, block.top_k, dtype=torch.int64)
         modality = hidden.new_zeros(_TRACED_TOKENS, dtype=torch.uint8)
+        thresholds = hidden.new_zeros(2, dtype=torch.float32)
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 # torch's own, about a class that it copies.
                 warnings.simplefilter("ignore", FutureWarning)
-                inputs = (hidden, index, index.to(hidden.dtype), modality)
+                inputs = (hidden, index, index.to(hidden.dtype), modality, thresholds)
                 program = torch.export.export(_Stock(experts), inputs, strict=False).run_decompositions({})
         except Exception as failed:
             error = error or failed

@@ -38,6 +38,8 @@ from modes_fx.passes.unit import (
 )
 from modes_fx.profile import Profile
 from modes_fx.runtime import RewrittenGraph, Run
+from modes_fx.skipping import Counts
+from modes_fx.thresholds import PairCounter, Thresholds
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,8 @@ def backend(
     strict: bool = True,
     lowering: Lowering = "inductor",
     disable: Collection[str] = (),
+    adjustable: bool | tuple[float, float] = False,
+    counting: bool = False,
 ) -> "Backend":
     """A backend for `torch.compile(model, backend=...)` that skips the experts that the profile drops.
 
@@ -69,13 +73,24 @@ def backend(
         lowering: "inductor", or "eager" to run the rewritten graphs as they are (quick to compile, for
             debugging).
         disable: Names of passes to leave out, see `modes_fx.passes.PIPELINE`.
+        adjustable: Let `.thresholds.set(...)` move the thresholds while the model runs, without a recompile.
+            Factors `(low, high)` on those of the profile bound them, and let the passes leave out slots that
+            `low` never keeps.
+        counting: Count pairs and dropped pairs, see `.counts()`.
     Returns:
         The backend; `.graphs` reports what was found in each compiled graph, see `modes_fx.explain`.
     Raises:
         ProfileError: The profile cannot be read or is not valid.
-        ValueError: An unknown lowering or pass name.
+        ValueError: An unknown lowering or pass name, or factors that the profile's thresholds do not bear.
     """
-    return Backend(profile, strict=strict, lowering=lowering, disable=disable)
+    return Backend(
+        profile,
+        strict=strict,
+        lowering=lowering,
+        disable=disable,
+        adjustable=adjustable,
+        counting=counting,
+    )
 
 
 class Backend:
@@ -88,6 +103,8 @@ class Backend:
         strict: bool = True,
         lowering: Lowering = "inductor",
         disable: Collection[str] = (),
+        adjustable: bool | tuple[float, float] = False,
+        counting: bool = False,
     ) -> None:
         if not isinstance(profile, Profile):
             profile = Profile.load(profile)
@@ -100,6 +117,9 @@ class Backend:
         self.strict = strict
         self.lowering = lowering
         self.disable = tuple(disable)
+        self.thresholds = Thresholds(profile, adjustable) if adjustable else None
+        self.counting = counting
+        self._counter = PairCounter(len(profile.layers))
         self.graphs: list[Unit] = []
         self.compile_ids: list[str] = []
         self._digest = profile.digest()
@@ -107,6 +127,11 @@ class Backend:
         self.run = Run(profile, strict, self.fingerprints)
         self._tables: weakref.WeakKeyDictionary[nn.Module, EmbeddingTable] = weakref.WeakKeyDictionary()
         raise_recompile_limit(len(profile.layers))
+
+    def counts(self) -> Counts:
+        """Pairs and dropped pairs of each layer so far, with `counting`, by modality. Padding is among the
+        special tokens, "other", whose pairs are never dropped."""
+        return self._counter.read()
 
     @property
     def __name__(self) -> str:
@@ -135,7 +160,14 @@ class Backend:
         inputs = list(example_inputs)
         compile_id = _compile_id()
         self.compile_ids.append(compile_id)
-        unit = Unit(self.profile, inputs, compile_id=compile_id, fingerprint=self.fingerprints)
+        unit = Unit(
+            self.profile,
+            inputs,
+            thresholds=self.thresholds,
+            counting=self.counting,
+            compile_id=compile_id,
+            fingerprint=self.fingerprints,
+        )
         has_tokens = _looks_up_tokens(gm, unit)
         if not unit.routers and not has_tokens and not _has_experts(gm):
             return compile_graph(gm, inputs, self.lowering)
@@ -150,7 +182,7 @@ class Backend:
         def rewrite(aten_gm: GraphModule) -> Callable[[Compiled], Compiled]:
             run_passes(aten_gm, unit, PIPELINE, self.disable)
             self._check(unit)
-            return lambda compiled: RewrittenGraph(compiled, unit, self.run, table)
+            return lambda compiled: RewrittenGraph(compiled, unit, self.run, table, self._counter)
 
         _guard_on(gm, unit.routers)
         if unit.routers:
@@ -202,7 +234,7 @@ class Backend:
 # The backend of each torch.compile call that named it, and one for each set of options.
 _by_call: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _by_options: weakref.WeakValueDictionary[tuple[Any, ...], Backend] = weakref.WeakValueDictionary()
-_OWN_OPTIONS = ("strict", "lowering", "disable")
+_OWN_OPTIONS = ("strict", "lowering", "disable", "adjustable", "counting")
 
 
 def compile_by_name(
@@ -219,8 +251,7 @@ def compile_by_name(
 
     Args:
         mode: Inductor's. torch.compile takes a mode or options, not both, so it may also be an option.
-        options: `profile`, a `Profile` or the path of one; `strict`, `lowering` and `disable` as of
-            `backend`; the rest is Inductor's.
+        options: `profile`, a `Profile` or the path of one; those of `backend`; the rest is Inductor's.
     Raises:
         ProfileError: No profile, or one that cannot be read.
     """
@@ -239,7 +270,9 @@ def compile_by_name(
                 'options={"profile": PATH}).'
             )
         made = Backend(profile, **own)
-        found = _by_options.setdefault((made._digest, made.strict, made.lowering, made.disable), made)
+        bounds = made.thresholds and made.thresholds.bounds
+        options_key = (made._digest, made.strict, made.lowering, made.disable, bounds, made.counting)
+        found = _by_options.setdefault(options_key, made)
         if known:
             _by_call[call] = found
     return found(gm, example_inputs, mode=mode, options=options)

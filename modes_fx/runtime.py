@@ -21,6 +21,7 @@ from modes_fx.modality import OTHER, VISION, token_modality
 from modes_fx.passes.provide_modality import MODALITY
 from modes_fx.passes.unit import Fingerprints, Unit, may_be_router
 from modes_fx.profile import Profile
+from modes_fx.thresholds import PairCounter
 
 
 class Run(threading.local):
@@ -191,25 +192,51 @@ class RewrittenGraph:
     # Takes its arguments as one list, so that the compiled graph may free them early.
     _boxed_call = True
 
-    def __init__(self, compiled: Compiled, unit: Unit, run: Run, table: EmbeddingTable | None = None) -> None:
+    def __init__(
+        self,
+        compiled: Compiled,
+        unit: Unit,
+        run: Run,
+        table: EmbeddingTable | None = None,
+        counter: PairCounter | None = None,
+    ) -> None:
         self.compiled = compiled
         self.run = run
         self.table = table
-        self.takes_modality = MODALITY in unit.extra_inputs
+        self.extra_inputs = tuple(unit.extra_inputs)
+        self.thresholds = unit.thresholds
+        # Where it reads thresholds.
+        read = unit.thresholds_input
+        self.device = torch.device("cpu") if read is None else read.meta["val"].device
         self.gives_modality = unit.gives_modality
+        self.counter = counter if unit.gives_counts else None
+        self.counted: Tensor | None = None
         self.layers = [run.order[name] for name in unit.layers()]
         self.num_tokens = _TokenCount(unit)
 
     def __call__(self, args: list[Any]) -> Any:
-        if self.takes_modality:
-            args.append(self._modality(args))
+        for name in self.extra_inputs:
+            args.append(self._modality(args) if name == MODALITY else self._thresholds())
         outputs = self.compiled(args)
+        if self.counter is not None:
+            *outputs, counts = outputs
+            self._count(self.counter, counts)
         if self.gives_modality:
             *outputs, modality = outputs
             self.run.give(modality)
             self.run.taken |= set(self.layers)
         self.run.ran(self.layers)
         return outputs
+
+    def _thresholds(self) -> Tensor:
+        assert self.thresholds is not None
+        return self.thresholds.on(self.device)
+
+    def _count(self, counter: PairCounter, counts: Tensor) -> None:
+        if self.counted is None:
+            with torch.inference_mode(False):
+                self.counted = torch.tensor(self.layers, device=counts.device)
+        counter.add(self.counted, counts)
 
     def _modality(self, args: list[Any]) -> Tensor:
         num_tokens, device = self.num_tokens(args), self.num_tokens.device

@@ -8,6 +8,7 @@ Finders (`find_blocks`, `gate_region`, `find_router`, `most_kept`, all by `dataf
 runs both sides of a rewrite; `unit` is what the passes share.
 """
 
+from modes_fx.passes.count_dropped import count_dropped
 from modes_fx.passes.delete_experts import delete_experts
 from modes_fx.passes.drop_dead_code import drop_dead_code
 from modes_fx.passes.drop_modality import drop_modality
@@ -22,5 +23,6 @@ PIPELINE = (
     drop_modality,  # what follows bounds the slots of text alone, where that is all there is
     delete_experts,
     narrow_slots,
+    count_dropped,  # after what may delete a block, which it would keep alive
     drop_dead_code,
 )

@@ -48,7 +48,7 @@ def modality_matters(node: Any, unit: Unit) -> bool:
 
 def _drop_unused(gm: GraphModule, unit: Unit) -> None:
     """Inputs and nodes that only served the modality."""
-    if unit.gives_modality:
+    if unit.gives_modality or unit.counting:
         return
     gm.graph.eliminate_dead_code()
     for node in gm.graph.find_nodes(op="placeholder"):

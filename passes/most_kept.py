@@ -9,21 +9,31 @@ Exact up to nothing: `Router` widens its bounds by the rounding errors of its dt
 import math
 from typing import Any
 
-from modes_fx.passes.dataflow import shape_of
+from modes_fx.decisions import decide
+from modes_fx.passes.dataflow import is_call, shape_of
 from modes_fx.passes.find_router import Router, find_router
 from modes_fx.passes.unit import Unit
 
 
 def most_kept(node: Any, unit: Unit) -> int:
     """The most slots of any token that this call of the op can keep."""
-    _, _, weights, experts, modality = node.args[:5]
+    _, scores, weights, experts, modality = node.args[:5]
+    constants = node.kwargs
+    if is_call(scores, decide):
+        # Thresholds that move: the lowest that they may go to.
+        assert unit.thresholds is not None
+        modality, (alpha_text, alpha_vision) = scores.args[1], scores.args[3:]
+        (tau_text, _), (tau_vision, _) = unit.thresholds.bounds
+        constants = {
+            **{"alpha_text": alpha_text, "alpha_vision": alpha_vision},
+            **{"tau_text": tau_text, "tau_vision": tau_vision},
+        }
     top_k = shape_of(experts)[1]
     if modality is not None and unit.profile.special_token_ids:
         return top_k
     router = find_router(experts, weights, shape_of(node.args[5])[0])
     kinds = ("text",) if modality is None else ("text", "vision")
-    constants = [(node.kwargs[f"alpha_{kind}"], node.kwargs[f"tau_{kind}"]) for kind in kinds]
-    return max(_most(router, top_k, alpha, tau) for alpha, tau in constants)
+    return max(_most(router, top_k, constants[f"alpha_{kind}"], constants[f"tau_{kind}"]) for kind in kinds)
 
 
 def _most(router: Router, top_k: int, alpha: float, tau: float) -> int:

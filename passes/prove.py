@@ -88,7 +88,12 @@ class Constants:
 
 
 def prove(
-    block: Experts, rewritten: Node, modality: Node, real: Mapping[Node, Tensor], constants: Constants
+    block: Experts,
+    rewritten: Node,
+    modality: Node,
+    real: Mapping[Node, Tensor],
+    constants: Constants,
+    thresholds: Node | None = None,
 ) -> Proof:
     """Run both sides of a rewrite.
 
@@ -98,6 +103,8 @@ def prove(
         modality: The node of the tokens' modality, `[T]`.
         real: The real tensor of each of the block's parameters.
         constants: What the profile says of the layer whose router this block has.
+        thresholds: The node of the thresholds, `[2]`, where the rewrite reads them as an input: it is given
+            those of `constants`.
     Returns:
         The worst of the comparisons; it holds where the rewrite may replace the block.
     """
@@ -112,13 +119,13 @@ def prove(
     with torch.no_grad(), unset_fake_temporarily():
         real = {parameter: tensor.detach() for parameter, tensor in real.items()}
         try:
-            return _prove(block, rewritten, modality, real, constants, min(TOKENS, tokens))
+            return _prove(block, rewritten, modality, real, constants, thresholds, min(TOKENS, tokens))
         except Exception as first:
             failure = first
         # A literal size that was not understood, or indeed a rewrite that cannot run.
         if tokens > TOKENS and isinstance(failure, RuntimeError):
             try:
-                return _prove(block, rewritten, modality, real, constants, tokens)
+                return _prove(block, rewritten, modality, real, constants, thresholds, tokens)
             except Exception as second:
                 failure = second
         return Proof(math.inf, 0.0, failure=f"{type(failure).__name__}: {failure}")
@@ -130,6 +137,7 @@ def _prove(
     modality: Node,
     real: Mapping[Node, Tensor],
     constants: Constants,
+    thresholds: Node | None,
     tokens: int,
 ) -> Proof:
     # Each modality below and above its threshold; with two slots both sides are in one token.
@@ -138,7 +146,7 @@ def _prove(
     proofs = [
         proof
         for first in range(0, rounds * tokens, tokens)
-        for proof in _compare(_given(block, some, constants, tokens, first), rewritten, modality)
+        for proof in _compare(_given(block, some, constants, tokens, first), rewritten, modality, thresholds)
     ]
     # A NaN compares with nothing, and is the worst of all.
     return max(proofs, key=lambda proof: math.inf if math.isnan(proof.error) else proof.error - proof.allowed)
@@ -153,9 +161,12 @@ def _given(block: Experts, some: "_Some", constants: Constants, tokens: int, fir
     return given
 
 
-def _compare(given: "_Given", rewritten: Node, modality: Node) -> Iterator[Proof]:
+def _compare(given: "_Given", rewritten: Node, modality: Node, thresholds: Node | None) -> Iterator[Proof]:
     block, tokens = given.block, len(given.hidden)
     values = {**given.some.real, **given.inputs(given.weights), modality: given.modality}
+    if thresholds is not None:
+        taus = (given.constants.tau_text, given.constants.tau_vision)
+        values[thresholds] = torch.tensor(taus, dtype=torch.float32, device=given.some.device)
     near = {**values, **given.inputs(given.near)}
     want = _run(block, block.output, values, tokens)
     got = _run(block, rewritten, values, tokens, **_EVERYTHING)

@@ -4,6 +4,13 @@ before:  ids, perm = sort(experts); x = hidden[perm // K]; ...; out = sum(view(w
 after:   out = modes_fx.masked_moe(hidden, weights, weights, experts, modality, gate_up, down, …,
                                    alpha_text=…, alpha_vision=…, tau_text=…, tau_vision=…)
 
+Where thresholds are to be moved at run time (`Unit.thresholds`), they are an input of the graph, and the rule
+is applied before the op:
+
+after:   keep = decide(weights, modality, thresholds, alpha_text, alpha_vision)
+         out = modes_fx.masked_moe(hidden, keep, weights, experts, None, gate_up, down, …,
+                                   alpha_text=1, alpha_vision=1, tau_text=0, tau_vision=0)
+
 The router stays as it is; the local score is the routing weight that enters the experts, and alpha is
 divided by the constant factor that the model has folded into it (`Layer.weight_scale`). Every rewrite is
 proved on the spot (`prove.py`). A block whose router the profile does not know is an error for the caller to
@@ -13,12 +20,17 @@ raise; here it is reported and left alone.
 import torch
 from torch.fx import GraphModule, Node
 
+from modes_fx.decisions import DECIDED, decide
 from modes_fx.kernels.masked_moe import masked_moe
 from modes_fx.passes.dataflow import aten, dtype_of
 from modes_fx.passes.find_blocks import Declined, Experts, find_blocks
 from modes_fx.passes.prove import Constants, prove
 from modes_fx.passes.unit import NOT_IN_PROFILE, BlockReport, Unit
 from modes_fx.profile import Layer
+
+THRESHOLDS = "thresholds"
+# Routing weights below which the proof drops text and vision, where thresholds are no constants.
+_PROVED_AT = (0.4, 0.3)
 
 
 def skip_experts(gm: GraphModule, unit: Unit) -> int:
@@ -45,9 +57,12 @@ def skip_experts(gm: GraphModule, unit: Unit) -> int:
         elif unit.modality is None:
             report.reason = unit.why_no_modality
         else:
+            if unit.thresholds is not None and unit.thresholds_input is None:
+                unit.thresholds_input = _thresholds_input(gm, block, unit)
             rewritten = build(gm, block, layer, unit)
             real = {parameter: unit.real(parameter) for parameter in block.parameters()}
-            proof = prove(block, rewritten, unit.modality, real, constants_of(unit, router))
+            constants = constants_of(unit, layer)
+            proof = prove(block, rewritten, unit.modality, real, constants, unit.thresholds_input)
             report.max_error = proof.error
             if not proof.holds:
                 gm.graph.eliminate_dead_code()
@@ -59,13 +74,26 @@ def skip_experts(gm: GraphModule, unit: Unit) -> int:
     return count
 
 
-def constants_of(unit: Unit, router: Node) -> Constants:
-    """What the profile says of the layer whose router weight this is; not what the rewrite says."""
-    layer = unit.layer_of(router)
-    assert layer is not None
-    return Constants(
-        layer.weight_alpha_text, layer.weight_alpha_vision, unit.profile.tau_text, unit.profile.tau_vision
-    )
+def constants_of(unit: Unit, layer: Layer) -> Constants:
+    """What a rewrite of this layer is proved with: what the profile says, not what the rewrite says."""
+    alphas = (layer.weight_alpha_text, layer.weight_alpha_vision)
+    if unit.thresholds is None:
+        return Constants(*alphas, unit.profile.tau_text, unit.profile.tau_vision)
+    # Any thresholds will do, and those of the profile may be none that a weight can meet.
+    taus = (alpha * cut or 1.0 for alpha, cut in zip(alphas, _PROVED_AT, strict=True))
+    return Constants(*alphas, *taus)
+
+
+def _thresholds_input(gm: GraphModule, block: Experts, unit: Unit) -> Node:
+    """One more input at the end: tau of text and of vision."""
+    last = gm.graph.find_nodes(op="placeholder")[-1]
+    with gm.graph.inserting_after(last):
+        node = gm.graph.placeholder(THRESHOLDS)
+    hidden = block.hidden.meta["val"]
+    with hidden.fake_mode:
+        node.meta["val"] = torch.empty((2,), dtype=torch.float32, device=hidden.device)
+    unit.extra_inputs.append(THRESHOLDS)
+    return node
 
 
 def build(gm: GraphModule, block: Experts, layer: Layer, unit: Unit) -> Node:
@@ -78,24 +106,33 @@ def build(gm: GraphModule, block: Experts, layer: Layer, unit: Unit) -> Node:
         if block.kind == "dense":
             weights = graph.call_function(aten.gather.default, (weights, 1, block.experts))
             weights.meta["val"] = _like(block.experts, dtype_of(block.weights))
+        scores, modality = weights, unit.modality
+        constants = {
+            "alpha_text": layer.weight_alpha_text,
+            "alpha_vision": layer.weight_alpha_vision,
+            "tau_text": profile.tau_text,
+            "tau_vision": profile.tau_vision,
+        }
+        if unit.thresholds_input is not None:
+            alphas = (layer.weight_alpha_text, layer.weight_alpha_vision)
+            scores = graph.call_function(decide, (weights, modality, unit.thresholds_input, *alphas))
+            scores.meta["val"] = _like(weights, torch.float32)
+            modality, constants = None, DECIDED
         out = graph.call_function(
             masked_moe,
             (
                 hidden,
-                weights,
+                scores,
                 weights,
                 block.experts,
-                unit.modality,
+                modality,
                 block.gate_up,
                 block.down,
                 block.gate_up_bias,
                 block.down_bias,
             ),
             {
-                "alpha_text": layer.weight_alpha_text,
-                "alpha_vision": layer.weight_alpha_vision,
-                "tau_text": profile.tau_text,
-                "tau_vision": profile.tau_vision,
+                **constants,
                 "activation": block.activation,
                 "interleaved": block.interleaved,
                 "is_transposed": block.is_transposed,

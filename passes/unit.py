@@ -10,6 +10,7 @@ from torch.fx import Node
 from torch.utils.weak import WeakIdKeyDictionary
 
 from modes_fx.profile import Layer, Profile, fingerprint
+from modes_fx.thresholds import Thresholds
 
 # Where the modality of a graph's tokens comes from, in the order in which they are tried.
 FROM_TOKEN_IDS = "token ids"
@@ -54,13 +55,17 @@ class Unit:
             reads of a parameter it reads here, since the graph itself holds fake tensors.
         modality_elsewhere: Where the wrapper has the modality from, if this graph has no token ids; one of
             the constants above.
+        thresholds: Read when the graph runs, in place of constants; None to bake the profile's in.
+        counting: The graph returns how many pairs it dropped, as of `count_pairs`, as its last output.
         embeds: Index of the input that holds embedded tokens, to be read in the graph itself; None to leave
             that to the wrapper.
         modality: The node of the tokens' modality, `[T]`, uint8, once a pass has provided it.
         modality_source: Where it comes from, likewise; None in a graph without blocks or tokens.
         extra_inputs: Names of inputs that the passes added at the end, in order.
         why_no_modality: The reason that blocks are given where `modality` is None.
-        gives_modality: The graph returns the modality as one more, last output.
+        gives_modality: The graph returns the modality as one more output.
+        gives_counts: It returns its counts as one more output, the last one.
+        thresholds_input: The node of the thresholds, `[2]`, where they are an input.
         blocks: One report for each block seen.
         counts: Rewrites by pass name.
         routers: Index among the inputs of each router weight that the profile knows, and its layer.
@@ -71,11 +76,15 @@ class Unit:
     profile: Profile
     inputs: list[Any]
     modality_elsewhere: str = UNKNOWN
+    thresholds: Thresholds | None = None
+    counting: bool = False
     embeds: int | None = None
     modality: Node | None = None
     modality_source: str | None = None
     extra_inputs: list[str] = field(default_factory=list)
     gives_modality: bool = False
+    gives_counts: bool = False
+    thresholds_input: Node | None = None
     why_no_modality: str = "no modality was provided (the pass provide_modality is switched off)"
     blocks: list[BlockReport] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
@@ -112,7 +121,7 @@ class Unit:
 
     def close(self) -> None:
         """Let go of what only compiling needs: it would keep activations and the graph alive."""
-        self.inputs, self.modality, self._positions = [], None, {}
+        self.inputs, self.modality, self.thresholds_input, self._positions = [], None, None, {}
 
     def _position(self, placeholder: Node) -> int:
         # Passes add placeholders at the end alone, so positions stay what they were.
