@@ -29,7 +29,8 @@ def is_matrix(name: str) -> bool:
     """Muon's share: attention and experts of the text model, blocks of the vision tower."""
     text = ".self_attn." in name and name.endswith("proj.weight")
     experts = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
-    vision = "visual.blocks" in name and name.endswith("weight") and "norm" not in name
+    tower = "visual.blocks" in name or "vision_tower.encoder.layer" in name
+    vision = tower and name.endswith("weight") and "norm" not in name
     return text or experts or vision
 
 

