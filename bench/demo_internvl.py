@@ -1,8 +1,8 @@
 """A second small model, of InternVL's family, trained on the demo's rows: `train_demo.py --family internvl`.
 
-It is not shipped: bench/policies.py shows with it what holds beyond the demo model. Its vision tower is a plain
-ViT with learned positions (InternVL's), its decoder Qwen3-MoE's with one-dimensional positions; data, optimiser
-and loss are those of the demo model.
+It is not shipped: bench/policies.py shows with it what holds beyond the demo model. Its vision tower is a
+plain ViT with learned positions (InternVL's), its decoder Qwen3-MoE's with one-dimensional positions; data,
+optimiser and loss are those of the demo model.
 """
 
 from __future__ import annotations
