@@ -13,6 +13,9 @@ from modes_fx.errors import RewriteError as RewriteError
 from modes_fx.errors import SearchError as SearchError
 from modes_fx.explain import explain as explain
 from modes_fx.exported import rewrite as rewrite
+from modes_fx.points import Frontier as Frontier
 from modes_fx.profile import Layer as Layer
 from modes_fx.profile import Profile as Profile
+from modes_fx.search import frontier as frontier
 from modes_fx.search import search as search
+from modes_fx.targets import Target as Target

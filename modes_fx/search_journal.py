@@ -19,7 +19,7 @@ from modes_fx.profile import write_atomically
 FORMAT = "modes_fx.search"
 VERSION = 1
 # A pass under way is written this often at most; a finished point always.
-_SECONDS = 20.0
+SAVE_SECONDS = 20.0
 
 
 class Journal:
@@ -70,7 +70,7 @@ class Journal:
             self._write()
 
     def keep_pass(self, exponent: float, taus: tuple[float, float], done: Pass) -> None:
-        if self._path is not None and time.monotonic() - self._written >= _SECONDS:
+        if self._path is not None and time.monotonic() - self._written >= SAVE_SECONDS:
             self._under_way = ((exponent, *taus), done)
             self._write()
 
