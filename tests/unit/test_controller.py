@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import statistics
 import threading
 
 import pytest
@@ -13,6 +14,7 @@ from modes_fx.controller import Controller
 from modes_fx.errors import ProfileError
 from modes_fx.profile import Layer, Profile
 from modes_fx.skipping import Counts
+from modes_fx.testing import tiny_inputs, tiny_profile, tiny_qwen3_vl_moe
 from modes_fx.thresholds import Thresholds
 
 TEXT, VISION, SPECIAL = 10, 5, 1
@@ -278,3 +280,40 @@ def test_the_bounds_of_the_model_can_be_those_of_the_controller(profile):
     controller.target_skip = 1.0
     hold(controller, traffic, 60, 1000, 1000)
     assert controller.place == controller.length
+
+
+# A real model.
+
+
+@torch.no_grad()
+def test_a_model_whose_traffic_drifts_keeps_its_skip_rate():
+    model = tiny_qwen3_vl_moe(num_layers=2)
+    profile = tiny_profile(model, tau_text=0.03, tau_vision=0.12)
+    picture, text = {"grid": (8, 8), "text": 6}, {"grid": None, "text": 30}
+    phases = ([text, picture] * 15, [text] * 40, [picture] * 40)
+
+    def run(target):
+        """Skip rate of each pair of calls, a list for each phase."""
+        with modes_fx.attach(model, profile, adjustable=True, counting=True) as attached:
+            # Without a target it only looks.
+            gain = 1e-9 if target is None else 1.0
+            controller = Controller(attached, target or 0.5, every=2, min_pairs=1, gain=gain)
+            skips = []
+            for kinds in phases:
+                readings = []
+                for seed, kind in enumerate(kinds):
+                    model(**tiny_inputs(seed=seed, **kind))
+                    readings.append(controller.step())
+                skips.append([reading.skip for reading in readings if reading is not None])
+            return skips
+
+    mean = statistics.mean
+    first, *fixed = run(None)
+    target = mean(first)
+    controlled = run(target)
+    # Fixed thresholds are 9 points below the target on text and 13 above it on pictures.
+    assert mean(fixed[0]) < target - 0.07 and mean(fixed[1]) > target + 0.1
+    for skips in controlled:
+        settled = skips[-12:]
+        assert abs(mean(settled) - target) < 0.01
+        assert max(abs(skip - target) for skip in settled) < 0.05
