@@ -188,7 +188,7 @@ class Attached:
                 f"the model {block.num_experts}, top {block.top_k}"
             )
         arguments, parameters = _rewritten(block, layer, self.profile, self.thresholds)
-        device = block.experts.get_parameter(parameters[0] or "").device
+        device = next(block.experts.parameters()).device
         counts = torch.zeros(2, 3, dtype=torch.int64, device=device) if self.counting else None
         if counts is not None:
             self._counts.setdefault(layer.name, []).append(counts)
