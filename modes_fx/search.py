@@ -171,6 +171,7 @@ class ThresholdSearch:
         profile: The profile whose alphas are used.
         exponent: The power of the given profile's alphas that these are.
         meter: What measures, for comparing other policies on the same batches.
+        scores: The recorded scores, and the skip rates that they predict.
     """
 
     def __init__(
@@ -209,13 +210,13 @@ class ThresholdSearch:
         self._recorder, self._bar, self._journal = recorder, bar, journal
         self._alphas = block_alphas(profile, meter.blocks)
         assert meter.unskipped.phases is not None
-        self._scores = Scores(recorder, self._alphas, meter.counts, meter.unskipped.phases)
+        self.scores = Scores(recorder, self._alphas, meter.counts, meter.unskipped.phases)
         self._found: dict[tuple[float, float], Point] = {}
 
     def tempered(self, exponent: float) -> "ThresholdSearch":
         """The same search with alpha**exponent; what the original model answered is not computed again."""
         other = object.__new__(ThresholdSearch)
-        profile = self.profile.tempered(exponent)
+        profile = self.profile if exponent == 1 else self.profile.tempered(exponent)
         power = self.exponent * exponent
         other._start(self.meter, self._recorder, profile, self._bar, self._journal, power)
         return other
@@ -233,7 +234,7 @@ class ThresholdSearch:
     @property
     def highest_skip(self) -> float:
         """The skip rate when every pair of a text or vision token is dropped: exact, nothing skips more."""
-        return self._scores.highest("skip")
+        return self.scores.highest("skip")
 
     def measure(self, tau_text: float, tau_vision: float) -> Point:
         """Run the model with these thresholds over all batches, once."""
@@ -279,18 +280,18 @@ class ThresholdSearch:
             if value not in get_args(known):
                 raise SearchError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}.")
         for name, rate in target.rates.items():
-            if rate > self._scores.highest(name) + tolerance:
+            if rate > self.scores.highest(name) + tolerance:
                 raise SearchError(
                     f"A {_spoken(name)} of {rate:.3f} cannot be reached: special tokens are never skipped, "
-                    f"and the nearest reachable is {self._scores.highest(name):.3f}, with everything else "
+                    f"and the nearest reachable is {self.scores.highest(name):.3f}, with everything else "
                     "dropped."
                 )
         if not target.wants_most_skip and not any(target.rates.values()):
             return self.measure(0.0, 0.0)
         problem = Problem(
-            self._scores,
-            self._scores.grid(TEXT, grid, spacing),
-            self._scores.grid(VISION, grid, spacing),
+            self.scores,
+            self.scores.grid(TEXT, grid, spacing),
+            self.scores.grid(VISION, grid, spacing),
             target,
             target.least_accuracy(self.meter.unskipped.accuracy),
             self.measure,

@@ -193,8 +193,9 @@ class _Guided:
             costs = [float(torch.tensor(p.kl + _NO_KL).log()) for p in points]
             mean, deviation = expect(costs)
         allowed = [cost for p, cost in zip(points, costs, strict=True) if problem.allowed(p)]
-        # While nothing is allowed, whatever may be is compared with the worst.
-        gain = expected_improvement(min(allowed, default=max(costs)), mean, deviation)
+        # While nothing is allowed, whatever may be is compared with no skip at all, or with the worst KL.
+        worst = 0.0 if target.wants_most_skip else max(costs)
+        gain = expected_improvement(min(allowed, default=worst), mean, deviation)
         worth = likely * gain
         for point in points:
             text, vision = self._index[TEXT].get(point.tau_text), self._index[VISION].get(point.tau_vision)

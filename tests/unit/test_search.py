@@ -205,9 +205,9 @@ class KnownFrontier(ThresholdSearch):
         pairs = torch.tensor([[len(text), len(vision), other]])
         counts, none = Counts(pairs, torch.zeros_like(pairs)), Counts.zero(1)
         self.exponent, self._alphas, self._found = 1.0, [(1.0, 1.0)], {}
-        self._scores = Scores(recorder, self._alphas, counts, (counts, none))
+        self.scores = Scores(recorder, self._alphas, counts, (counts, none))
         self._bar, self._journal = Bar(), Journal(None, {})
-        scores = self._scores
+        scores = self.scores
 
         class KnownMeter:
             unskipped = Measured(0.0, counts)
