@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from modes_fx.alpha_exact import VARIANTS, Task, check_resumed, measure_exact
+from modes_fx.alpha_taylor import ESTIMATES, measure_taylor, rank_correlation
 from modes_fx.batch_checks import look_through
 from modes_fx.blocks import Block, find_blocks, unwrap
 from modes_fx.calibration_state import Journal, State
@@ -26,6 +28,8 @@ from modes_fx.profile import Layer, Profile, fingerprint, normalise
 from modes_fx.progress import progress_bar
 
 VariantName = Literal["modality", "paper", "modes-code"]
+Method = Literal["exact", "taylor", "taylor-gate", "taylor-loss"]
+METHODS = ("exact", *ESTIMATES)
 _VISUAL_KEYS = (
     *("image_token_id", "video_token_id", "image_token_index", "video_token_index"),
     *("media_placeholder_token_id", "visual_indicator_token_ids"),
@@ -41,6 +45,8 @@ def calibrate(
     processor: Any = None,
     special_token_ids: Sequence[int] | None = None,
     variant: VariantName = "modality",
+    method: Method = "exact",
+    check: int = 0,
     progress: bool = True,
     resume: str | os.PathLike[str] | None = None,
     reuse: bool = True,
@@ -50,6 +56,9 @@ def calibrate(
     For each block the model runs again with that block's routed output at zero (shared experts stay), and
     the answers are compared with the original ones: KL(original || skipped) at every answer token, the
     first one included, averaged over answer tokens, then divided by the sum over blocks.
+
+    Under torchrun, or in processes that `torch.distributed` joins, each process measures a part of the
+    batches (of the blocks, where there are too few batches), and all return the same profile.
 
     Args:
         model: A transformers mixture-of-experts model; a compiled one is unwrapped. Left as it was.
@@ -62,10 +71,15 @@ def calibrate(
             `modes-code`, what the paper's code does: like `modality`, but dropped tokens get the experts'
             input in place of their output, and the answer's prediction of its first token is left out, while
             the logits at its last token count.
+        method: `exact`, or an estimate for all blocks from one forward and one backward pass per batch, see
+            `modes_fx.alpha_taylor`: `taylor`, or the two that follow the exact alpha less well, `taylor-gate`
+            and `taylor-loss`.
+        check: With an estimate, measure the exact alpha too, on the first batches with so many samples, and
+            print on standard error how much alike the two rank the blocks.
         progress: Show a bar.
         resume: File to keep what is measured in. A killed run that is started again with it goes on where
             it was, and gives the same profile to the byte. It is written every 20 seconds, or after each
-            forward pass where that takes longer. Under torchrun each process has a file of its own beside it.
+            forward pass where that takes longer. Of several processes each has a file of its own beside it.
         reuse: Run only what a dropped block can change again. The values are the same to the bit; a model
             where they would not be is found out on the first batch, and takes whole passes.
     Returns:
@@ -75,40 +89,74 @@ def calibrate(
     """
     if variant not in VARIANTS:
         raise ModesError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}.")
+    if method not in METHODS:
+        raise ModesError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+    if method != "exact" and variant == "modes-code":
+        raise ModesError('variant="modes-code" is only measured, not estimated; use method="exact".')
     model = unwrap(model)
     check_device(model)
     blocks = find_blocks(model)
     ids = token_ids(model, processor, special_token_ids)
     meaning = VARIANTS[variant]
-    dropped = meaning.dropped
     with world_of(model) as world:
         with world.together():
-            digests = look_through(model, batches, ids, dropped, ahead=meaning.ahead)
+            digests = look_through(model, batches, ids, meaning.dropped, ahead=meaning.ahead)
             identity = model_digest(model)
-        world.agree(
-            hashlib.sha256(repr((identity, variant, ids, digests)).encode()).hexdigest(), "model or batches"
-        )
-        shares = world.shares(len(digests), len(blocks))
-        task = Task(model, blocks, ids, meaning, shares, digests, reuse)
+        everything = repr((identity, variant, method, ids, digests))
+        world.agree(hashlib.sha256(everything.encode()).hexdigest(), "model or batches")
         key = {
             "model": identity,
             "variant": variant,
+            "method": method,
             "visual_token_ids": list(ids[0]),
             "special_token_ids": list(ids[1]),
         }
-        fresh = State(key, [], 0, 0, [[0.0] * len(dropped) for _ in blocks], [None] * len(blocks))
-        passes = len(dropped) * sum(len(share.blocks) for share in shares)
-        show = progress and world.first
-        with (
-            world.together(),
-            Journal(world.file(resume), fresh) as journal,
-            progress_bar("calibrate", passes, enabled=show) as bar,
-            evaluating(model),
-        ):
-            check_resumed(journal.state, task, bar)
-            measure_exact(task, batches, journal, bar)
-        state = _combine(world, journal.state)
-    return _profile(state, model, blocks, variant, *ids)
+        if world.size > 1:
+            key["num_batches"] = str(len(digests))  # which decides what each process measures
+
+        def measured(name: Method, batches: Iterable[Batch], digests: Sequence[str], path: Any) -> State:
+            shares = world.shares(len(digests), len(blocks))
+            task = Task(model, blocks, ids, meaning, shares, digests, reuse)
+            fresh = State.fresh(key, len(blocks), len(meaning.dropped))
+            steps = len(meaning.dropped) * sum(len(share.blocks) for share in shares)
+            with (
+                world.together(),
+                Journal(path, fresh) as journal,
+                progress_bar(name, steps, enabled=progress and world.first) as bar,
+                evaluating(model),
+            ):
+                check_resumed(journal.state, task, bar)
+                if name == "exact":
+                    measure_exact(task, batches, journal, bar)
+                else:
+                    measure_taylor(task, batches, journal, bar, name)
+            return _combine(world, journal.state)
+
+        state = measured(method, batches, digests, world.file(resume))
+        if method != "exact" and check:
+            some = _first(batches, check)
+            exact = measured("exact", some, digests[: len(some)], None)
+            if world.first:
+                sys.stderr.write(_comparison(state, exact))
+    return _profile(state, model, blocks, variant if method == "exact" else f"{variant}, {method}", *ids)
+
+
+def _first(batches: Iterable[Batch], num_samples: int) -> list[Batch]:
+    """The first batches that hold `num_samples` rows, or all."""
+    some: list[Batch] = []
+    for batch in batches:
+        if sum(len(taken["labels"]) for taken in some) >= num_samples:
+            break
+        some.append(batch)
+    return some
+
+
+def _comparison(estimated: State, exact: State) -> str:
+    columns = zip(zip(*estimated.kl_sums, strict=True), zip(*exact.kl_sums, strict=True), strict=True)
+    found = [rank_correlation(*pair) for pair in columns]
+    names = ("both",) if len(found) == 1 else ("text", "vision")
+    said = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, found, strict=True))
+    return f"Rank correlation with the exact alpha of {exact.num_samples} samples: {said}.\n"
 
 
 def _combine(world: World, state: State) -> State:
@@ -128,7 +176,7 @@ def _profile(
     state: State,
     model: nn.Module,
     blocks: Sequence[Block],
-    variant: VariantName,
+    method: str,
     visual: tuple[int, ...],
     special: tuple[int, ...],
 ) -> Profile:
@@ -157,7 +205,7 @@ def _profile(
         vocab_size=embedding.shape[0],
         hidden_size=embedding.shape[1],
         num_samples=state.num_samples,
-        method=variant,
+        method=method,
         versions=library_versions(),
     )
 

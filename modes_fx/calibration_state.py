@@ -41,6 +41,11 @@ class State:
     under_way: str = ""
     partial: list[list[float | None]] | None = None
 
+    @classmethod
+    def fresh(cls, key: dict[str, Any], num_blocks: int, num_dropped: int) -> "State":
+        """Nothing measured yet."""
+        return cls(key, [], 0, 0, [[0.0] * num_dropped for _ in range(num_blocks)], [None] * num_blocks)
+
     def with_partial(self, digest: str, block: int, column: int, kl: float) -> "State":
         """One more figure of the batch under way."""
         rows = self.partial if self.under_way == digest else None

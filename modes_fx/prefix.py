@@ -71,6 +71,7 @@ class Prefix:
         model: The eager model.
         blocks: `find_blocks(model)`.
     Attributes:
+        layers: The decoder layers; none where the blocks are not in one list of them.
         reason: Why nothing can be reused, "" where it can; then `recording` and `before` do nothing.
         checked: Whether `check` has run, or need not.
     """
@@ -79,7 +80,7 @@ class Prefix:
         self.reason = ""
         self.checked = False
         self._blocks = blocks
-        self._layers: list[nn.Module] = []
+        self.layers: list[nn.Module] = []
         self._places: list[_Place] = []
         self._find(model)
         self._outputs: dict[int, Any] = {}  # by layer
@@ -95,10 +96,10 @@ class Prefix:
             paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
             outer = next((path for path in paths if path in lists), None)
             layers = list(lists[outer]) if outer is not None else []
-            if not layers or (self._layers and layers != self._layers):
+            if not layers or (self.layers and layers != self.layers):
                 self.reason = "its blocks are not in one list of layers"
                 return
-            self._layers = layers
+            self.layers = layers
             assert outer is not None
             number = int(parts[len(outer.split("."))])
             inside = [path for path in paths if path.startswith(f"{outer}.{number}")]
@@ -161,14 +162,14 @@ class Prefix:
 
             return run
 
-        forwards = {layer: record_layer(number) for number, layer in enumerate(self._layers)}
+        forwards = {layer: record_layer(number) for number, layer in enumerate(self.layers)}
         for place in self._places:
             forwards |= {module: record_module(module, place.layer) for module in place.beside}
         for index, place in enumerate(self._places):
             forwards[self._blocks[index].experts] = record_experts(index, place)
-        with _forwards(forwards):
+        with replaced_forwards(forwards):
             yield
-        if order != list(range(len(self._layers))):
+        if order != list(range(len(self.layers))):
             self.give_up("its layers are not run once each, in order")
         # One output cannot stand for two calls.
         for module in [module for module in self._inside if calls[module] != 1]:
@@ -190,10 +191,10 @@ class Prefix:
         known = max((number for number in self._outputs if number < layer), default=-1)
         self._outputs = {n: output for n, output in self._outputs.items() if n >= known}
         self._inside = {m: entry for m, entry in self._inside.items() if entry[0] >= layer}
-        forwards = {self._layers[n]: _replay(self._outputs[known]) for n in range(known + 1)}
+        forwards = {self.layers[n]: _replay(self._outputs[known]) for n in range(known + 1)}
         if known < layer - 1:
             # Nothing is dropped before the block, so this is the original pass again.
-            forwards[self._layers[layer - 1]] = self._record_output(layer - 1, needed=True)
+            forwards[self.layers[layer - 1]] = self._record_output(layer - 1, needed=True)
         for module in self._before.get(index, ()):
             if module in self._inside:
                 forwards[module] = _replay(self._inside[module][1])
@@ -202,7 +203,7 @@ class Prefix:
         block = self._blocks[index]
         if block.experts in self._inside and block.dispatch == "slots":
             forwards[block.experts] = _replay_experts(block.experts, self._inside[block.experts][1], rule)
-        with _forwards(forwards):
+        with replaced_forwards(forwards):
             yield
 
     def check(self, run: Callable[[], Tensor], run_dropped: Callable[[], Tensor]) -> None:
@@ -217,7 +218,7 @@ class Prefix:
             run_dropped: Drops the last block within `before`, and gives the logits.
         """
         self.checked = True
-        for number in range(1, len(self._layers)):
+        for number in range(1, len(self.layers)):
             if self.reason or number - 1 not in self._outputs or number not in self._outputs:
                 break
             self._check_layer(run, number)
@@ -239,10 +240,10 @@ class Prefix:
         earlier, own = self._outputs[number - 1], self._outputs[number]
         forwards = {
             layer: _replay(earlier if n < number else own)
-            for n, layer in enumerate(self._layers)
+            for n, layer in enumerate(self.layers)
             if n != number
         }
-        forward = self._layers[number].forward
+        forward = self.layers[number].forward
         same = False
 
         def compare(*args: Any, **kwargs: Any) -> Any:
@@ -252,9 +253,9 @@ class Prefix:
             same = len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
             return output
 
-        forwards[self._layers[number]] = compare
+        forwards[self.layers[number]] = compare
         try:
-            with _forwards(forwards):
+            with replaced_forwards(forwards):
                 run()
         except Exception as error:  # see `check`
             self.give_up(f"layer {number} fails without what earlier layers leave behind ({error})")
@@ -263,7 +264,7 @@ class Prefix:
             self.give_up(f"layer {number} gives something else without what earlier layers leave behind")
 
     def _record_output(self, number: int, *, needed: bool = False) -> _Forward:
-        forward = self._layers[number].forward
+        forward = self.layers[number].forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
@@ -321,7 +322,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _forwards(forwards: Mapping[nn.Module, _Forward]) -> Iterator[None]:
+def replaced_forwards(forwards: Mapping[nn.Module, _Forward]) -> Iterator[None]:
     """Replace `forward` of modules, around which their hooks still run; put back what was there."""
     own = {module: module.__dict__.get("forward") for module in forwards}
     try:

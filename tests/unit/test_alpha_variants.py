@@ -34,7 +34,7 @@ def batches() -> list[Batch]:
     return made
 
 
-def run(model: Any, batches: list[Batch], variant: str) -> Profile:
+def run(model: Any, batches: list[Batch], variant: Any) -> Profile:
     return calibrate(model, batches, special_token_ids=SPECIAL, progress=False, variant=variant)
 
 
