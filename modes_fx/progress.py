@@ -18,6 +18,12 @@ class Bar:
         if self._progress is not None and self._task is not None:
             self._progress.advance(self._task, count)
 
+    def expect(self, steps: int) -> None:
+        """Say how many more steps there are, as far as is known now."""
+        if self._progress is not None and self._task is not None:
+            task = next(task for task in self._progress.tasks if task.id == self._task)
+            self._progress.update(self._task, total=task.completed + steps)
+
     def note(self, text: str) -> None:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, note=text)

@@ -86,10 +86,16 @@ def search(
         ModesError: As for `calibrate`; `ProfileError` when the profile is of another model.
     """
     wanted = _one_target(target_skip, target)
+    options: dict[str, Any] = {"tolerance": tolerance, "grid": grid, "method": method, "spacing": spacing}
+    _check_options(**options)
+    powers = _exponents(profile, exponents)
     with progress_bar("search", None, enabled=progress) as bar:
         plain = ThresholdSearch(model, batches, profile, target=wanted, bar=bar, resume=resume)
-        options: dict[str, Any] = {"tolerance": tolerance, "grid": grid, "method": method, "spacing": spacing}
-        best = choose_exponent(plain, wanted, exponents, **options)
+        pass_steps = plain.meter.survey.num_batches
+        passes = {"guided": EVALUATIONS, "staircase": 2 * grid + 1, "exhaustive": grid**2}[method]
+        bar.expect(pass_steps * (passes + (_COMPARING * len(powers) if len(powers) > 1 else 0)))
+        best = choose_exponent(plain, wanted, powers, **options)
+        bar.expect(pass_steps * passes)
         point = best.find(wanted, **options)
     if save_frontier is not None:
         best.frontier.save(save_frontier)
@@ -123,18 +129,14 @@ def choose_exponent(
 ) -> "ThresholdSearch":
     """The search with the power of alpha that is best at `target`; options as for `ThresholdSearch.find`."""
     target = _as_target(target)
-    if exponents is None:
-        exponents = (1.0,) if "^" in plain.profile.method else EXPONENTS
-    if not exponents:
-        raise SearchError("exponents is empty; pass at least one, 1.0 for the paper's alpha.")
-    tries = [plain if power == 1 else plain.tempered(power) for power in exponents]
+    tries = [plain if power == 1 else plain.tempered(power) for power in _exponents(plain.profile, exponents)]
     if len(tries) == 1:
         return tries[0]
     found: list[tuple[float, ThresholdSearch]] = []
     refused: list[SearchError] = []
     for each in tries:
         try:
-            point = each.find(target, **{**options, "evaluations": _COMPARING})
+            point = each.find(target, **{**options, "method": "guided", "evaluations": _COMPARING})
             found.append((target.cost(point), each))
         except SearchError as error:
             # Ties that step over the target with one power may not with another.
@@ -274,11 +276,7 @@ class ThresholdSearch:
             leave_grid: Whether to go on between the points of the grid.
         """
         target = _as_target(target)
-        if tolerance <= 0 or grid < 1:
-            raise SearchError(f"tolerance and grid must be above 0, got {tolerance} and {grid}.")
-        for name, value, known in (("method", method, Method), ("spacing", spacing, Spacing)):
-            if value not in get_args(known):
-                raise SearchError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}.")
+        _check_options(tolerance, grid, method, spacing)
         for name, rate in target.rates.items():
             if rate > self.scores.highest(name) + tolerance:
                 raise SearchError(
@@ -309,7 +307,7 @@ class ThresholdSearch:
         target = problem.target
 
         def pool(least: float) -> list[Point]:
-            within = [p for p in self.points if least <= target.excess(p) <= tolerance or not target.rates]
+            within = [p for p in self.points if least <= target.excess(p) <= tolerance]
             return [p for p in within if all(loss <= 0 for loss in target.losses(p, problem.least_accuracy))]
 
         if target.wants_most_skip:
@@ -327,6 +325,22 @@ class ThresholdSearch:
             f"No thresholds give a skip rate within {tolerance:g} of {target}; "
             f"the nearest reachable found is {near.skip:.3f}."
         )
+
+
+def _check_options(tolerance: float, grid: int, method: str, spacing: str) -> None:
+    if not tolerance > 0 or grid < 1:
+        raise SearchError(f"tolerance and grid must be above 0, got {tolerance} and {grid}.")
+    for name, value, known in (("method", method, Method), ("spacing", spacing, Spacing)):
+        if value not in get_args(known):
+            raise SearchError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}.")
+
+
+def _exponents(profile: Profile, exponents: Sequence[float] | None) -> Sequence[float]:
+    if exponents is None:
+        return (1.0,) if "^" in profile.method else EXPONENTS
+    if not exponents:
+        raise SearchError("exponents is empty; pass at least one, 1.0 for the paper's alpha.")
+    return exponents
 
 
 def _one_target(target_skip: float | None, target: Target | None) -> Target:

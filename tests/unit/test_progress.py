@@ -21,3 +21,13 @@ def test_the_bar_shows_steps_rate_and_time_left(capsys, monkeypatch):
         bar.note("a note")
     shown = capsys.readouterr().err
     assert "3/4" in shown and "/s" in shown and "0:00:0" in shown and "a note" in shown
+
+
+def test_what_is_left_may_be_known_later(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    with progress_bar("search", None, enabled=True) as bar:
+        bar.step(2)
+        bar.expect(5)
+        bar.step()
+    assert "3/7" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -44,13 +45,14 @@ def problem(
     scores = Scores(recorded(), [(1.0, 1.0)], counts, (counts, Counts.zero(1)))
     known: dict[tuple[float, float], Point] = {}
 
+    @cache
+    def share(modality: int, tau: float) -> float:
+        return float(scores.share(modality, torch.tensor(tau, dtype=torch.float64)))
+
     def measure(tau_text: float, tau_vision: float) -> Point:
         taus = (tau_text, tau_vision)
         if taus not in known:
-            text, vision = (
-                float(scores.share(modality, torch.tensor(tau, dtype=torch.float64)))
-                for modality, tau in zip((TEXT, VISION), taus, strict=True)
-            )
+            text, vision = share(TEXT, tau_text), share(VISION, tau_vision)
             dropped = text * PAIRS[TEXT] + vision * PAIRS[VISION]
             skip = dropped / int(pairs.sum()) + drift(text, vision)
             known[taus] = Point(*taus, skip, text, vision, kl(text, vision))

@@ -201,8 +201,30 @@ def test_a_part_that_special_tokens_keep_from_its_rate_is_refused(searched):
     assert searched.find(Target(skip_text=1.0, skip_vision=1.0)).skip == searched.highest_skip
 
 
-def test_an_unknown_method_or_spacing_is_refused(searched):
-    with pytest.raises(SearchError, match="method must be one of guided, staircase, exhaustive, got 'grid'"):
-        searched.find(0.5, method="grid")
-    with pytest.raises(SearchError, match="spacing must be one of rank, exp, linear, got 'log'"):
-        searched.find(0.5, spacing="log")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "grid"}, "method must be one of guided, staircase, exhaustive, got 'grid'"),
+        ({"spacing": "log"}, "spacing must be one of rank, exp, linear, got 'log'"),
+        ({"tolerance": math.nan}, "tolerance and grid must be above 0"),
+        ({"exponents": []}, "exponents is empty"),
+    ],
+)
+def test_an_unknown_option_is_refused_before_the_model_runs(model, batches, calibrated, given, message):
+    calls = []
+    handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(SearchError, match=message):
+        search(model, batches, calibrated, target_skip=0.5, progress=False, **given)
+    handle.remove()
+    assert not calls
+
+
+def test_the_methods_agree_on_a_model(model, batches, calibrated):
+    """At the same rate on the same grid; only the guided search goes on between its points."""
+    searches = {name: ThresholdSearch(model, batches, calibrated) for name in ("guided", "staircase")}
+    walked = searches["staircase"].find(0.6, method="staircase", grid=12, leave_grid=False)
+    led = searches["guided"].find(0.6, grid=12)
+    assert walked.skip >= 0.6
+    assert 0.6 <= led.skip <= 0.61 and led.kl <= 1.05 * walked.kl
+    paper = searches["staircase"].find(0.6, method="staircase", grid=12, spacing="linear", leave_grid=False)
+    assert paper.skip >= 0.6 and paper.tau_text <= 0.71
