@@ -1,0 +1,225 @@
+"""Target `onnx`: one file a program, with `ai.modes_fx::MaskedMoE` nodes and a function body.
+
+A runtime that has the operator (a plugin, a custom op) may run it; plain onnxruntime inlines it. Weights
+lie beside the programs, in one file that they share.
+"""
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime  # type: ignore[import-untyped,import-not-found,unused-ignore]
+import onnxscript  # type: ignore[import-not-found,unused-ignore]
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from modes_fx.aot.manifest import Manifest, Program
+from modes_fx.aot.onnx_body import ATTRIBUTES, DOMAIN, DOMAIN_VERSION, Variation, write_function
+from modes_fx.aot.programs import Traced
+from modes_fx.kernels.masked_moe import Call, masked_moe
+
+WEIGHTS = "weights.bin"
+# Rows of a block: many tokens fill blocks, of a single one each pair is alone with its expert.
+BLOCK_ROWS = {"prefill": 16, "decode": 1}
+_SMALLEST_EXTERNAL = 1024  # bytes
+_ATTRIBUTE_TYPES = {
+    onnx.AttributeProto.FLOAT: onnx.defs.OpSchema.AttrType.FLOAT,
+    onnx.AttributeProto.INT: onnx.defs.OpSchema.AttrType.INT,
+    onnx.AttributeProto.STRING: onnx.defs.OpSchema.AttrType.STRING,
+}
+
+
+def requires() -> dict[str, Any]:
+    """Any machine that has onnxruntime."""
+    return {}
+
+
+def write_programs(folder: Path, traced: dict[str, Traced], options: dict[str, Any]) -> dict[str, Program]:
+    """Write every program as `NAME.onnx`, and `weights.bin` for all of them.
+
+    Args:
+        options: `sparse` (True): the way of the body, see `onnx_body`.
+    """
+    weights = Weights(folder / WEIGHTS)
+    written = {}
+    for name, each in traced.items():
+        model = to_onnx(each, block_rows=BLOCK_ROWS.get(name, 1), sparse=options.get("sparse", True))
+        weights.move_out_of(model)
+        program = Program(f"{name}.onnx", each.inputs, each.outputs)
+        onnx.save(model, folder / program.file)
+        onnx.checker.check_model(str(folder / program.file), full_check=True)
+        written[name] = program
+    return written
+
+
+def to_onnx(traced: Traced, *, block_rows: int, sparse: bool) -> onnx.ModelProto:
+    """One program as an ONNX model whose functions hold the body of each kind of `MaskedMoE`.
+
+    Args:
+        traced: After `modes_fx.rewrite`; a program without the operator will do too.
+        block_rows: B of the body.
+        sparse: The way of the body.
+    """
+    program = _with_transposed_experts(traced.program)
+    kinds: dict[Variation, str] = {}
+    with torch.no_grad():
+        converted = torch.onnx.export(
+            program,
+            dynamo=True,
+            custom_translation_table={masked_moe: _translate(kinds, block_rows)},
+            input_names=list(traced.inputs),
+            output_names=list(traced.outputs),
+            verbose=False,
+        )
+    assert converted is not None
+    model: onnx.ModelProto = converted.model_proto
+    _strip(model)
+    model.functions.extend(write_function(name, kind, sparse=sparse) for kind, name in kinds.items())
+    return model
+
+
+def open_program(folder: Path, manifest: Manifest, program: Program) -> Any:
+    """A session of onnxruntime on the CPU, with as many threads as torch has."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        str(folder / program.file), options, providers=["CPUExecutionProvider"]
+    )
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        given = zip(program.inputs, tensors, strict=True)
+        results = session.run(list(program.outputs), {name: _numpy(tensor) for name, tensor in given})
+        return [torch.from_numpy(result) for result in results]
+
+    return run
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove what the exporter notes for debugging: stack traces, with paths of this machine."""
+    graph = model.graph
+    for each in (
+        model,
+        graph,
+        *graph.node,
+        *graph.initializer,
+        *graph.value_info,
+        *graph.input,
+        *graph.output,
+    ):
+        each.ClearField("doc_string")
+        each.ClearField("metadata_props")
+
+
+def _numpy(tensor: Tensor) -> Any:
+    return np.ascontiguousarray(tensor.detach().cpu().numpy())
+
+
+def _translate(kinds: dict[Variation, str], block_rows: int) -> Any:
+    """What the exporter calls for each `masked_moe` node; notes the function that it will need."""
+
+    def translate(*args: Any, **kwargs: Any) -> Any:
+        call = Call(*args, **kwargs)
+        assert call.is_transposed
+        kind = Variation(
+            activation=str(call.formula),
+            has_modality=call.modality is not None,
+            has_gate_up_bias=call.gate_up_bias is not None,
+            has_down_bias=call.down_bias is not None,
+            interleaved=call.interleaved,
+            weights_on_input=call.weights_on_input,
+            renormalise=call.renormalise,
+        )
+        name = kinds.setdefault(kind, f"MaskedMoE_{len(kinds)}" if kinds else "MaskedMoE")
+        attributes = {key: getattr(call, key) for key in ATTRIBUTES if key != "block"}
+        inputs = [getattr(call, key) for key in kind.inputs]
+        return _operator(name, kind)(*inputs, **attributes, block=block_rows)
+
+    # The exporter reads a signature; the one of the operator is that of `Call`.
+    translate.__signature__ = inspect.signature(Call)  # type: ignore[attr-defined]
+    return translate
+
+
+@functools.cache
+def _operator(name: str, kind: Variation) -> Any:
+    types = {"hidden": "T", "gate_up": "T", "down": "T", "gate_up_bias": "T", "down_bias": "T"}
+    types |= {"scores": "S", "weights": "W", "experts": "tensor(int64)", "modality": "tensor(uint8)"}
+    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
+    define = onnx.defs.OpSchema
+    schema = define(
+        name,
+        DOMAIN,
+        DOMAIN_VERSION,
+        inputs=[define.FormalParameter(each, types[each]) for each in kind.inputs],
+        outputs=[define.FormalParameter("out", "T")],
+        type_constraints=[(each, floats, "") for each in "TSW"],
+        attributes=[
+            define.Attribute(each, _ATTRIBUTE_TYPES[kind_of], required=False)
+            for each, kind_of in ATTRIBUTES.items()
+        ],
+    )
+    return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, DOMAIN_VERSION), name, schema)
+
+
+def _with_transposed_experts(program: ExportedProgram) -> ExportedProgram:
+    """The program with its expert weights as the products want them, `[E, H, 2I]` and `[E, I, H_out]`."""
+    signature = program.graph_signature
+    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    for node in program.graph.find_nodes(op="call_function", target=masked_moe):
+        if node.kwargs.get("is_transposed"):
+            continue
+        args = list(node.args)
+        for place in (5, 6):  # gate_up, down
+            args[place] = _transposed(program, node, args[place], targets)
+        node.args = tuple(args)
+        node.kwargs = {**node.kwargs, "is_transposed": True}
+    program.graph_module.recompile()
+    return program
+
+
+def _transposed(program: ExportedProgram, user: Node, source: Node, targets: dict[str, str]) -> Node:
+    """The last two dimensions of a weight exchanged: of the weight itself, where nothing else uses it."""
+    value = source.meta["val"]
+    if source.name in targets and len(source.users) == 1:
+        name = targets[source.name]
+        weight = program.state_dict[name].detach().transpose(1, 2).contiguous()
+        program.state_dict[name] = torch.nn.Parameter(weight, requires_grad=False)
+        source.meta["val"] = value.new_empty(weight.shape)
+        return source
+    with program.graph.inserting_before(user):
+        node = program.graph.call_function(torch.ops.aten.transpose.int, (source, 1, 2))
+    node.meta["val"] = value.transpose(1, 2)
+    return node
+
+
+class Weights:
+    """A file of tensors that several models share; equal tensors lie there once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._places: dict[tuple[Any, ...], int] = {}
+
+    def move_out_of(self, model: onnx.ModelProto) -> None:
+        """Leave references to this file in place of the model's large initializers."""
+        with open(self.path, "ab") as file:
+            for tensor in model.graph.initializer:
+                raw = tensor.raw_data
+                if len(raw) < _SMALLEST_EXTERNAL:
+                    continue
+                key = (hashlib.sha256(raw).digest(), len(raw))
+                if key not in self._places:
+                    # Aligned, so that a runtime can map it.
+                    file.write(b"\0" * (-file.tell() % 4096))
+                    self._places[key] = file.tell()
+                    file.write(raw)
+                onnx.external_data_helper.set_external_data(
+                    tensor, self.path.name, offset=self._places[key], length=len(raw)
+                )
+                tensor.ClearField("raw_data")
+                tensor.data_location = onnx.TensorProto.EXTERNAL
