@@ -12,8 +12,9 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from modes_fx.decisions import decide
 from modes_fx.kernels.masked_moe import masked_moe
-from modes_fx.passes.dataflow import shape_of
+from modes_fx.passes.dataflow import is_call, shape_of
 from modes_fx.passes.find_router import find_router
 from modes_fx.passes.unit import Unit
 
@@ -24,8 +25,10 @@ def drop_modality(gm: GraphModule, unit: Unit) -> int:
     """Returns how many blocks need no modality."""
     count = 0
     for node in gm.graph.find_nodes(op="call_function", target=masked_moe):
-        if node.args[_MODALITY] is not None and not modality_matters(node, unit):
-            node.update_arg(_MODALITY, None)
+        scores: Any = node.args[1]
+        reads, position = (scores, 1) if is_call(scores, decide) else (node, _MODALITY)
+        if reads.args[position] is not None and not modality_matters(node, unit):
+            reads.update_arg(position, None)
             unit.specialise(node.kwargs["layer"], "no mask")
             count += 1
     if count:
@@ -36,6 +39,9 @@ def drop_modality(gm: GraphModule, unit: Unit) -> int:
 def modality_matters(node: Any, unit: Unit) -> bool:
     """Whether a call of the op could drop other pairs if it took every token for text."""
     profile, constants = unit.profile, node.kwargs
+    if is_call(node.args[1], decide):
+        # Thresholds that move are equal today and differ tomorrow.
+        return bool(profile.visual_token_ids or profile.special_token_ids)
     if not profile.special_token_ids:
         same = all(constants[f"{name}_text"] == constants[f"{name}_vision"] for name in ("alpha", "tau"))
         if same or not profile.visual_token_ids:

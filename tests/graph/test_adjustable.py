@@ -113,6 +113,16 @@ def test_the_graph_shows_the_alphas_and_reads_the_thresholds(rewrite):
     assert rule.args[2].op == "placeholder" and rule.args[2].name == "thresholds"
 
 
+def test_a_model_of_text_alone_reads_no_modality(rewrite):
+    constants = {"visual_token_ids": (), "special_token_ids": ()}
+    run, unit, traced = rewrite(True, **constants)
+    assert unit.blocks[0].specialised == ("no mask",) and unit.extra_inputs == ["thresholds"]
+    (rule,) = traced.all(decide)
+    assert rule.args[1] is None
+    want, _, _ = rewrite(tau_text=0.1, tau_vision=9.0, **constants)
+    assert torch.equal(run(text=0.1, vision=9.0)[0], want()[0])
+
+
 # Bounds: what no threshold within them can keep is left out.
 
 

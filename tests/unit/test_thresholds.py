@@ -154,9 +154,10 @@ def test_counts_are_those_of_the_simulation_in_every_graph(model, profile):
 
 
 @torch.no_grad()
-def test_a_text_only_model_is_counted_as_text(model, profile, input_ids):
+@pytest.mark.parametrize("adjustable", [False, True])
+def test_a_text_only_model_is_counted_as_text(model, profile, input_ids, adjustable):
     text_only = dataclasses.replace(profile, visual_token_ids=(), special_token_ids=())
-    backend = modes_fx.backend(text_only, lowering="eager", counting=True)
+    backend = modes_fx.backend(text_only, lowering="eager", counting=True, adjustable=adjustable)
     compiled(model, backend)(input_ids)
     assert [block.specialised[0] for block in backend.graphs[0].blocks] == ["no mask"] * 2
     counts = backend.counts()
