@@ -73,23 +73,28 @@ class Scores:
         counts: Counts,
         phases: tuple[Counts, Counts],
     ) -> None:
-        text, vision = zip(*alphas, strict=True)
-        both = ((TEXT, text), (VISION, vision))
-        self.of = [recorder.scores(modality, alpha) for modality, alpha in both]
-        parts = {
-            phase: [recorder.scores(modality, alpha, phase) for modality, alpha in both]
-            for phase in (PREFILL, DECODE)
-        }
+        self._recorder, self._alphas = recorder, list(zip(*alphas, strict=True))
+        self._pairs = {None: counts.pairs, PREFILL: phases[PREFILL].pairs, DECODE: phases[DECODE].pairs}
         self.num_pairs = int(counts.pairs.sum())
-        none = torch.empty(0)
-        # The scores of text and of vision that each rate is about, and the pairs it is a share of.
-        self._parts = {
-            "skip": (*self.of, counts.pairs),
-            "skip_text": (self.of[TEXT], none, counts.pairs[:, TEXT]),
-            "skip_vision": (none, self.of[VISION], counts.pairs[:, VISION]),
-            "skip_prefill": (*parts[PREFILL], phases[PREFILL].pairs),
-            "skip_decode": (*parts[DECODE], phases[DECODE].pairs),
-        }
+        self._sorted: dict[int | None, list[Tensor]] = {}
+        self.of = self._of_phase(None)
+
+    def _of_phase(self, phase: int | None) -> list[Tensor]:
+        """Scores of text and of vision, ascending; sorted when first asked for, as they are many."""
+        if phase not in self._sorted:
+            both = [self._recorder.scores(kind, self._alphas[kind], phase) for kind in (TEXT, VISION)]
+            self._sorted[phase] = both
+        return self._sorted[phase]
+
+    def _part(self, rate: str) -> tuple[Tensor, Tensor, int]:
+        """The scores of text and of vision that a rate is about, and the pairs that it is a share of."""
+        if rate in ("skip_text", "skip_vision"):
+            kind = TEXT if rate == "skip_text" else VISION
+            scores = [self.of[kind] if kind == each else torch.empty(0) for each in (TEXT, VISION)]
+            return scores[TEXT], scores[VISION], int(self._pairs[None][:, kind].sum())
+        phase = {"skip": None, "skip_prefill": PREFILL, "skip_decode": DECODE}[rate]
+        text, vision = self._of_phase(phase)
+        return text, vision, int(self._pairs[phase].sum())
 
     def threshold(self, modality: int, rank: int) -> float:
         return threshold_at_rank(self.of[modality], rank)
@@ -117,14 +122,13 @@ class Scores:
 
     def predict(self, rate: str, text: Tensor, vision: Tensor) -> Tensor:
         """The skip rate named `rate` (see `RATES`) at the thresholds, if routing stays; shapes broadcast."""
-        text_scores, vision_scores, pairs = self._parts[rate]
-        dropped = _below(text_scores, text) + _below(vision_scores, vision)
-        return dropped.double() / max(1, int(pairs.sum()))
+        text_scores, vision_scores, pairs = self._part(rate)
+        return (_below(text_scores, text) + _below(vision_scores, vision)).double() / max(1, pairs)
 
     def highest(self, rate: str) -> float:
         """The skip rate when every pair of a text or vision token goes: exact, nothing skips more."""
-        text, vision, pairs = self._parts[rate]
-        return (len(text) + len(vision)) / max(1, int(pairs.sum()))
+        text, vision, pairs = self._part(rate)
+        return (len(text) + len(vision)) / max(1, pairs)
 
 
 def _below(scores: Tensor, taus: Tensor) -> Tensor:
