@@ -133,11 +133,6 @@ def world_of(model: nn.Module) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def is_first() -> bool:
-    """Whether this process is the one that writes files and speaks to the user."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def _copies(model: nn.Module) -> int:
     """Neighbouring processes that hold one model together: transformers' tensor parallelism."""
     mesh = getattr(model, "device_mesh", None) or getattr(model, "_device_mesh", None)
