@@ -23,7 +23,7 @@ def print_profile(profile: Profile, console: Console) -> None:
         console.print(
             f"skip rate: target {_percent(profile.target_skip)}, measured {_percent(profile.measured_skip)}, "
             f"text {_percent(profile.measured_skip_text)}, vision {_percent(profile.measured_skip_vision)}; "
-            f"KL {_number(profile.kl)} nats per answer token"
+            f"KL {_number(profile.kl)} nats per answer token{_interval(profile)}"
         )
     table = Table("layer", "alpha text", "alpha vision", "experts")
     table.columns[0].overflow = "fold"
@@ -96,6 +96,12 @@ def _time_table(results: "Results") -> Table:
         )
         table.add_row(name, *cells)
     return table
+
+
+def _interval(profile: Profile) -> str:
+    if profile.kl_low is None or profile.kl_high is None:
+        return ""
+    return f" (95 % interval {_number(profile.kl_low)} to {_number(profile.kl_high)})"
 
 
 def _percent(rate: float | None) -> str:
