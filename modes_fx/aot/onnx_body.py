@@ -24,7 +24,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from modes_fx.kernels.gate_formula import Formula, parse
-from modes_fx.kernels.masked_moe import TEXT, VISION
+from modes_fx.kernels.masked_moe import TEXT, VISION, Call
 
 DOMAIN = "ai.modes_fx"
 DOMAIN_VERSION = 1
@@ -49,6 +49,18 @@ class Variation:
     interleaved: bool
     weights_on_input: bool
     renormalise: bool
+
+    @classmethod
+    def of(cls, call: Call) -> "Variation":
+        return cls(
+            activation=str(call.formula),
+            has_modality=call.modality is not None,
+            has_gate_up_bias=call.gate_up_bias is not None,
+            has_down_bias=call.down_bias is not None,
+            interleaved=call.interleaved,
+            weights_on_input=call.weights_on_input,
+            renormalise=call.renormalise,
+        )
 
     @property
     def inputs(self) -> list[str]:

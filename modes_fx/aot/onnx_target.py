@@ -127,15 +127,7 @@ def _translate(kinds: dict[Variation, str], block_rows: int) -> Any:
     def translate(*args: Any, **kwargs: Any) -> Any:
         call = Call(*args, **kwargs)
         assert call.is_transposed
-        kind = Variation(
-            activation=str(call.formula),
-            has_modality=call.modality is not None,
-            has_gate_up_bias=call.gate_up_bias is not None,
-            has_down_bias=call.down_bias is not None,
-            interleaved=call.interleaved,
-            weights_on_input=call.weights_on_input,
-            renormalise=call.renormalise,
-        )
+        kind = Variation.of(call)
         name = kinds.setdefault(kind, f"MaskedMoE_{len(kinds)}" if kinds else "MaskedMoE")
         attributes = {key: getattr(call, key) for key in ATTRIBUTES if key != "block"}
         inputs = [getattr(call, key) for key in kind.inputs]
