@@ -4,7 +4,8 @@ Each works on the points of one grid and says nothing about which of them is bes
 was measured, by the target alone.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -14,14 +15,17 @@ from torch import Tensor
 from modes_fx.errors import SearchError
 from modes_fx.grid import Scores
 from modes_fx.modality import TEXT, VISION
+from modes_fx.points import Point
 from modes_fx.surface import Surface, expected_improvement
-from modes_fx.targets import Point, Target
+from modes_fx.targets import Target
 
 # First points of the guided search: along the predicted frontier, or over the whole square.
 _STARTS = 5
 _SPREAD = (0.35, 0.65, 0.95)
-# A gain (of log KL, or of the skip rate) that is not worth another pass.
-_WORTH = {False: 2e-3, True: 5e-4}
+# Gains that are not worth another pass: a part of KL, and of all pairs.
+_WORTH_KL, _WORTH_SKIP = 2e-3, 5e-4
+# Points that surfaces go through: the last ones, for their cost grows with the third power.
+_MEMORY = 100
 # Passes that a bisection may take: beside a point of the grid, and where the grid steps over the target.
 _STEPS = 3
 _STEPS_IN_GAP = 12
@@ -111,6 +115,8 @@ def guided(problem: Problem, evaluations: int) -> None:
 
 
 class _Guided:
+    """One guided search: what is predicted of every place of the grid, and what was measured since."""
+
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._before = len(problem.known())
@@ -161,50 +167,50 @@ class _Guided:
 
     def next(self) -> tuple[int, int] | None:
         """The place of the grid with the highest expected gain; None where none is worth a pass."""
-        problem = self._problem
-        target, points = problem.target, problem.known()
-        taus = [
-            torch.tensor([getattr(p, name) for p in points]).double() for name in ("tau_text", "tau_vision")
-        ]
-        shares = [problem.scores.share(m, tau) for m, tau in zip((TEXT, VISION), taus, strict=True)]
-        places = torch.stack(shares, -1)
+        problem, target = self._problem, self._problem.target
+        points = problem.known()[-_MEMORY:]
         likely = torch.ones(len(self._places), dtype=torch.float64)
-
-        def expect(values: list[float]) -> tuple[Tensor, Tensor]:
-            return Surface(places, torch.tensor(values, dtype=torch.float64)).at(self._places)
-
-        def expect_rate(rate: str) -> tuple[Tensor, Tensor]:
-            predicted = problem.scores.predict(rate, *taus).tolist()
-            drift = [getattr(p, rate) - guess for p, guess in zip(points, predicted, strict=True)]
-            mean, deviation = expect(drift)
-            return self._predicted[rate] + mean, deviation
-
         for rate, least in target.rates.items():
-            mean, deviation = expect_rate(rate)
-            likely *= torch.special.ndtr((mean - least) / deviation)
-        for losses in zip(*(target.losses(p, problem.least_accuracy) for p in points), strict=True):
-            mean, deviation = expect(list(losses))
-            likely *= torch.special.ndtr(-mean / deviation)
-        if target.wants_most_skip:
-            mean, deviation = expect_rate("skip")
-            mean = -mean
-            costs = [-p.skip for p in points]
-        else:
-            costs = [float(torch.tensor(p.kl + _NO_KL).log()) for p in points]
-            mean, deviation = expect(costs)
-        allowed = [cost for p, cost in zip(points, costs, strict=True) if problem.allowed(p)]
+            expected, deviation = self._expect_rate(rate, points)
+            likely *= torch.special.ndtr((expected - least) / deviation)
+        for losses in zip(*(target.losses(point, problem.least_accuracy) for point in points), strict=True):
+            expected, deviation = self._expect(losses, points)
+            likely *= torch.special.ndtr(-expected / deviation)
         # While nothing is allowed, whatever may be is compared with no skip at all, or with the worst KL.
-        worst = 0.0 if target.wants_most_skip else max(costs)
-        gain = expected_improvement(min(allowed, default=worst), mean, deviation)
-        worth = likely * gain
+        if target.wants_most_skip:
+            costs = [-point.skip for point in points]
+            expected, deviation = self._expect_rate("skip", points)
+            expected, worst, worth = -expected, 0.0, _WORTH_SKIP
+        else:
+            costs = [math.log(point.kl + _NO_KL) for point in points]
+            expected, deviation = self._expect(costs, points)
+            worst, worth = max(costs), _WORTH_KL
+        allowed = (cost for point, cost in zip(points, costs, strict=True) if problem.allowed(point))
+        gain = likely * expected_improvement(min(allowed, default=worst), expected, deviation)
         for point in points:
             text, vision = self._index[TEXT].get(point.tau_text), self._index[VISION].get(point.tau_vision)
             if text is not None and vision is not None:
-                worth[text * len(problem.vision) + vision] = 0.0
-        place = int(worth.argmax())
-        if not worth[place] > _WORTH[target.wants_most_skip]:
-            return None
-        return divmod(place, len(problem.vision))
+                gain[text * len(problem.vision) + vision] = 0.0
+        place = int(gain.argmax())
+        return divmod(place, len(problem.vision)) if gain[place] > worth else None
+
+    def _expect(self, values: Sequence[float], points: Sequence[Point]) -> tuple[Tensor, Tensor]:
+        """What is expected at every place of the grid of what was measured at the points, and how surely."""
+        shares = [self._problem.scores.share(*of) for of in zip((TEXT, VISION), _taus(points), strict=True)]
+        surface = Surface(torch.stack(shares, -1), torch.tensor(values, dtype=torch.float64))
+        return surface.at(self._places)
+
+    def _expect_rate(self, rate: str, points: Sequence[Point]) -> tuple[Tensor, Tensor]:
+        """The same of a skip rate: its prediction, and the drift from that."""
+        predicted = self._problem.scores.predict(rate, *_taus(points)).tolist()
+        drift = [getattr(point, rate) - guess for point, guess in zip(points, predicted, strict=True)]
+        expected, deviation = self._expect(drift, points)
+        return self._predicted[rate] + expected, deviation
+
+
+def _taus(points: Sequence[Point]) -> tuple[Tensor, Tensor]:
+    text = torch.tensor([point.tau_text for point in points], dtype=torch.float64)
+    return text, torch.tensor([point.tau_vision for point in points], dtype=torch.float64)
 
 
 def refine(problem: Problem, tolerance: float) -> None:
