@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,28 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modes_fx.blocks import find_blocks, is_experts, unwrap
+from modes_fx.batches import IGNORED as IGNORED
+from modes_fx.batches import NOT_INPUTS, changed, survey, token_phase
+from modes_fx.batches import Batch as Batch
+from modes_fx.batches import batch_digest as batch_digest
+from modes_fx.batches import check_batches as check_batches
+from modes_fx.batches import checked_labels as checked_labels
+from modes_fx.batches import no_answers as no_answers
+from modes_fx.blocks import find_blocks, unwrap
+from modes_fx.encoder_memory import EncoderMemory as EncoderMemory
 from modes_fx.errors import ModesError
 from modes_fx.modality import MODALITY_NAMES, TEXT, VISION
 from modes_fx.progress import Bar
-from modes_fx.skipping import (
-    DECODE,
-    NO_PHASE,
-    PREFILL,
-    Counts,
-    Rule,
-    Tokens,
-    call_tokens,
-    keep_all,
-    skip,
-)
+from modes_fx.skipping import DECODE, NO_PHASE, PREFILL, Counts, Rule, Tokens, keep_all, skip
 
-Batch = Mapping[str, Any]
-IGNORED = -100
-# What a batch says about its rows; the model is not called with it.
-NOT_INPUTS = ("labels", "task")
-# Vision towers are run once per batch and remembered up to this much; beyond it they are run again.
-ENCODER_MEMORY_BYTES = 4 << 30
 # Random numbers that the bootstrap holds at a time.
 _DRAWS = 1 << 22
 _MODALITIES = len(MODALITY_NAMES)
@@ -295,90 +287,6 @@ def _add_answers(done: Pass, batch: Batch, original: Tensor, logits: Tensor, whe
     done.right += answered(batch, logits)
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What batches hold, known before any model runs on them.
-
-    Attributes:
-        num_batches: How many there are.
-        answer_tokens: Per sample, labels that are not -100 and have a token before them.
-        tasks: Per sample, the name of its task, or "".
-        tokens: Real tokens of each modality.
-        decode_tokens: Real tokens of the phase DECODE that can be skipped.
-    """
-
-    num_batches: int
-    answer_tokens: tuple[int, ...]
-    tasks: tuple[str, ...]
-    tokens: tuple[int, int, int]
-    decode_tokens: int
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.answer_tokens)
-
-    @property
-    def num_answer_tokens(self) -> int:
-        return sum(self.answer_tokens)
-
-
-def survey(
-    batches: Iterable[Batch], visual_token_ids: Sequence[int], special_token_ids: Sequence[int]
-) -> Survey:
-    """Look through the batches for what would otherwise fail hours later, and count what is in them.
-
-    Raises:
-        ModesError: No batches, a batch that is not a dict with labels of the shape of its `input_ids`, no
-            answer token in any, or task names that do not fit the rows.
-    """
-    answers: list[int] = []
-    tasks: list[str] = []
-    tokens = torch.zeros(_MODALITIES, dtype=torch.int64)
-    decode = num_batches = 0
-    for batch in batches:
-        num_batches += 1
-        labels = checked_labels(batch)
-        answers += (labels[:, 1:] != IGNORED).sum(1).tolist()
-        tasks += _task_names(batch, len(labels))
-        called = call_tokens(batch, visual_token_ids, special_token_ids)
-        tokens += called.modality[called.real].cpu().long().bincount(minlength=_MODALITIES)
-        in_decode = (token_phase(labels).flatten() == DECODE) & called.real.cpu()
-        decode += int((called.modality.cpu()[in_decode] <= VISION).sum())
-    if not sum(answers):
-        raise ModesError(no_answers(num_batches))
-    text, vision, other = tokens.tolist()
-    return Survey(num_batches, tuple(answers), tuple(tasks), (text, vision, other), decode)
-
-
-def token_phase(labels: Tensor) -> Tensor:
-    """Where generation would compute each token: `[B, S]` uint8, PREFILL, DECODE or NO_PHASE.
-
-    The answer is generated token by token, so each of its tokens but the last is an input of its own
-    (DECODE); the last one ends the answer, and nothing is computed from it or after it (NO_PHASE). All else
-    is the prompt, also between two answers of a conversation, where it holds the end of the first.
-
-    Args:
-        labels: `[B, S]`, -100 everywhere but at the answer.
-    """
-    answer = labels != IGNORED
-    following = torch.cat([answer[:, 1:], torch.zeros_like(answer[:, :1])], 1)
-    phase = torch.where(answer & following, DECODE, PREFILL)
-    # From the last answer token of the row on.
-    later = following.flip(1).cumsum(1).flip(1) > 0
-    phase = torch.where(~later & answer.any(1, keepdim=True), NO_PHASE, phase)
-    return phase.to(torch.uint8)
-
-
-def _task_names(batch: Batch, num_rows: int) -> list[str]:
-    task = batch.get("task", "")
-    names = [task] * num_rows if isinstance(task, str) else list(task)
-    if len(names) != num_rows or not all(isinstance(name, str) for name in names):
-        raise ModesError(
-            f"task must be one name, or a list of one name for each of the {num_rows} rows, got {task!r}."
-        )
-    return names
-
-
 class WeightRecorder:
     """A rule for `Meter(observe=...)` that keeps the routing weight of every pair, of text and of vision."""
 
@@ -409,36 +317,11 @@ class WeightRecorder:
         return torch.cat(scaled).sort().values
 
 
-def check_batches(batches: Iterable[Batch]) -> Iterable[Batch]:
-    """Refuse what cannot be run over again."""
-    if isinstance(batches, Iterator):
-        raise ModesError(
-            f"batches must be run over several times, and a {type(batches).__name__} is exhausted after the "
-            "first; pass a list of dicts, or an object whose __iter__ starts again."
-        )
-    if isinstance(batches, Mapping):
-        raise ModesError("batches must be an iterable of dicts, got one dict; wrap it in a list.")
-    return batches
-
-
 def check_device(model: nn.Module) -> None:
     """Refuse a model that has no values, unless accelerate brings them from where they are for each call."""
     empty = next((name for name, p in model.named_parameters() if p.is_meta), None)
-    if empty is not None and not getattr(model, "hf_device_map", None):
+    if empty is not None and not any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise ModesError(f"{empty} is on the meta device and has no values; load the model first.")
-
-
-def changed(index: int, expected: int) -> str:
-    return (
-        f"The batches differ between two passes: the first gave {expected}, and batch {index} is missing or "
-        "not what it was; pass batches that give the same dicts each time they are iterated over."
-    )
-
-
-def no_answers(num_batches: int) -> str:
-    if not num_batches:
-        return "batches is empty; pass at least one dict of model inputs with labels."
-    return "No answer token in any batch: all labels are -100; put the answer's token ids into labels."
 
 
 @contextmanager
@@ -470,6 +353,9 @@ def answer_logits(model: nn.Module, batch: Batch, *, ahead: int = 1) -> Tensor:
         `[answer tokens, vocabulary]`, row by row of the batch, in the model's dtype.
     """
     device = getattr(model, "device", torch.device("cpu"))
+    if device.type == "meta":
+        # Its weights are brought in for each call; accelerate moves the inputs to them.
+        device = torch.device("cpu")
     labels = checked_labels(batch).to(device)
     given = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
     inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in given.items()}
@@ -490,20 +376,6 @@ def answer_logits(model: nn.Module, batch: Batch, *, ahead: int = 1) -> Tensor:
             "models that change the length of the sequence are not supported."
         )
     return logits[rows, columns]
-
-
-def checked_labels(batch: Batch) -> Tensor:
-    """The labels of a batch, `[B, S]`, on the CPU; refuses what is not a batch."""
-    if not isinstance(batch, Mapping):
-        raise ModesError(f"Each batch must be a dict of model inputs and labels, got {type(batch).__name__}.")
-    if batch.get("labels") is None:
-        raise ModesError("A batch has no labels; add labels [B, S], -100 everywhere but at the answer.")
-    labels = torch.as_tensor(batch["labels"]).cpu()
-    ids = batch.get("input_ids")
-    if not isinstance(ids, Tensor) or labels.shape != ids.shape:
-        shape = tuple(ids.shape) if isinstance(ids, Tensor) else None
-        raise ModesError(f"labels must have the shape of input_ids, got {tuple(labels.shape)} and {shape}.")
-    return labels
 
 
 def answered(batch: Batch, logits: Tensor) -> list[bool]:
@@ -540,86 +412,16 @@ def check_finite(logits: Tensor, where: str) -> None:
         )
 
 
-class EncoderMemory:
-    """Remembers what the vision tower gave for each batch: it lies before every expert, so skipping cannot
-    change it, and it costs more than a small decoder. Without a tower, or past the limit, does nothing."""
-
-    def __init__(self, model: nn.Module, limit_bytes: int = ENCODER_MEMORY_BYTES) -> None:
-        find = getattr(model, "get_encoder", None)
-        tower = find("image") if find is not None else model
-        alone = tower is not model and not any(is_experts(module) for module in tower.modules())
-        self._tower = tower if alone else None
-        self._outputs: dict[tuple[int, int], Any] = {}
-        self._left_bytes = limit_bytes
-
-    def forget(self) -> None:
-        self._outputs.clear()
-
-    @contextmanager
-    def for_batch(self, index: int) -> Iterator[None]:
-        """Inside, the tower's calls are answered from memory where batch `index` has made them before."""
-        tower = self._tower
-        if tower is None:
-            yield
-            return
-        forward, own = tower.forward, tower.__dict__.get("forward")
-        calls = 0
-
-        def remembered(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            key = (index, calls)
-            calls += 1
-            if key not in self._outputs:
-                output = forward(*args, **kwargs)
-                size = _num_bytes(output)
-                if size > self._left_bytes:
-                    return output
-                self._left_bytes -= size
-                self._outputs[key] = output
-            # Models write into the container they get (not into its tensors), so each call gets its own.
-            output = self._outputs[key]
-            return type(output)(**output) if isinstance(output, dict) else output
-
-        tower.forward = remembered
-        try:
-            yield
-        finally:
-            if own is None:
-                del tower.forward
-            else:
-                tower.forward = own
-
-
-def _num_bytes(output: Any) -> int:
-    if isinstance(output, Tensor):
-        return output.nbytes
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    return sum(map(_num_bytes, output)) if isinstance(output, list | tuple) else 0
-
-
-def batch_digest(batch: Batch) -> str:
-    """sha256 of a batch's tensors, so that a resumed run can tell other data."""
-    digest = hashlib.sha256()
-    for key in sorted(batch):
-        value = batch[key]
-        digest.update(key.encode())
-        if isinstance(value, Tensor):
-            flat = value.detach().cpu().contiguous()
-            digest.update(f"{flat.dtype}{tuple(flat.shape)}".encode())
-            digest.update(flat.view(-1).view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-        else:
-            digest.update(repr(value).encode())
-    return digest.hexdigest()
-
-
 def model_digest(model: nn.Module) -> str:
-    """sha256 over every parameter's name, shape, dtype and 64 of its values: cheap, and enough to tell two
-    checkpoints of one architecture apart."""
+    """sha256 over every parameter's name, shape, dtype and, if it is in memory, 64 of its values: cheap, and
+    enough to tell two checkpoints of one architecture apart."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         stride = max(1, len(flat) // 64)
-        values = [f"{value:.9g}" for value in flat[::stride][:64].double().tolist()]
+        # What is offloaded to a disk would have to be read in whole.
+        some = flat[:0].cpu() if flat.is_meta else flat[::stride][:64]
+        values = [f"{value:.9g}" for value in some.double().tolist()]
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {values}".encode())
     return digest.hexdigest()
+

@@ -12,11 +12,12 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from modes_fx.batches import Batch, check_batches, survey
 from modes_fx.blocks import find_blocks, unwrap
 from modes_fx.errors import SearchError
 from modes_fx.grid import Scores, Spacing
 from modes_fx.grid import threshold_at_rank as threshold_at_rank
-from modes_fx.measure import Batch, Meter, Pass, WeightRecorder, check_batches, model_digest, survey
+from modes_fx.measure import Meter, Pass, WeightRecorder, model_digest
 from modes_fx.modality import TEXT, VISION
 from modes_fx.points import Frontier, Point
 from modes_fx.profile import Profile

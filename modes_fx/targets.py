@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from modes_fx.batches import Survey
 from modes_fx.errors import SearchError
-from modes_fx.measure import Survey
 from modes_fx.points import RATES, Point
 
 
@@ -22,7 +22,7 @@ class Target:
         skip: Least skip rate over all tokens, 0..1; special tokens count, and are never skipped.
         skip_text, skip_vision: Least skip rate over the tokens of one modality.
         skip_prefill, skip_decode: Least skip rate over the tokens of the prompt, or over those that
-            generation computes one at a time, see `modes_fx.measure.token_phase`.
+            generation computes one at a time, see `modes_fx.batches.token_phase`.
         kl: Most KL(original || skipped), nats per answer token.
         kl_bound: What must stay under `kl`: the `mean` over the answer tokens, or the `upper` end of its 95 %
             confidence interval.

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from modes_fx.batches import survey, token_phase
 from modes_fx.errors import ModesError
-from modes_fx.measure import Meter, Pass, answer_logits, bootstrap, kl_per_token, survey, token_phase
+from modes_fx.measure import Meter, Pass, answer_logits, bootstrap, kl_per_token
 from modes_fx.modality import TEXT
 from modes_fx.skipping import DECODE, PREFILL, Tokens, keep_all, skip, thresholds
 from modes_fx.testing import IMAGE, PAD, SPECIAL, VIDEO, tiny_inputs, tiny_qwen3_vl_moe
