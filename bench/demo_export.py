@@ -70,6 +70,25 @@ def mean_weights(model: Qwen3VLMoeForConditionalGeneration, suite: list[Batch]) 
     return [[round(float(w), 4) for w in torch.cat(rows).mean(0)] for rows in kept]
 
 
+def measure_other(out: Path, samples_per_task: int, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The same for the second model: accuracy alone, with the right picture and with a grey one."""
+    from demo_internvl import for_internvl
+    from demo_internvl import load as load_internvl
+
+    model, count = load_internvl(out), samples_per_task * len(TASKS)
+    suites = {
+        name: [for_internvl(batch) for batch in batches("test", count, batch_size=26, grey=grey)]
+        for name, grey in (("accuracy", False), ("grey_accuracy", True))
+    }
+    metrics: dict[str, Any] = {
+        name: {task: round(score, 4) for task, score in accuracy(model, suite).items()}
+        for name, suite in suites.items()
+    }
+    metrics |= {"split": "test", "samples_per_task": samples_per_task, "recipe": recipe}
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
 def measure(out: Path, samples_per_task: int, recipe: dict[str, Any]) -> dict[str, Any]:
     """Load what was written and record its figures on the test split in `metrics.json`."""
     model, _ = load(directory=out)

@@ -7,6 +7,7 @@ optimiser and loss are those of the demo model.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,10 @@ def for_internvl(batch: Batch) -> Batch:
     """A batch of `demo.batches` as InternVL's inputs: the same tokens, pictures whole."""
     patches = batch["pixel_values"].reshape(-1, 3, 2, PATCH * PATCH)[:, :, 0]  # both time frames are equal
     blocks = int(batch["image_grid_thw"][0, 1]) // MERGE
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    converted = Batch(inputs | {"pixel_values": pictures(patches, blocks)}, ())
-    converted.tasks, converted.prompts, converted.answers = batch.tasks, batch.prompts, batch.answers
+    converted = copy.copy(batch)
+    for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids"):
+        del converted[name]
+    converted["pixel_values"] = pictures(patches, blocks)
     return converted
 
 

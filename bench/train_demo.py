@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from demo_export import export, measure
+from demo_export import export, measure, measure_other
 from demo_internvl import InternVLTrainer, short
 from demo_pack import build_pack, fetch
 from demo_trainer import Recipe, Trainer
@@ -76,7 +76,8 @@ def train(rank: int, args: argparse.Namespace, recipe: Recipe) -> None:
     if rank == 0:
         words = [word for word in trainer.words if word not in SPECIAL]
         export(trainer.model, words, args.out)
-        metrics = measure(args.out, args.test_count, asdict(recipe) | {"seconds": round(trainer.seconds)})
+        measured = measure if args.family == "qwen3_vl_moe" else measure_other
+        metrics = measured(args.out, args.test_count, asdict(recipe) | {"seconds": round(trainer.seconds)})
         right, grey = metrics["accuracy"]["mean"], metrics["grey_accuracy"]["mean"]
         say(f"test accuracy {right}, grey pictures {grey}, written to {args.out}")
     if recipe.world > 1:

@@ -9,7 +9,7 @@ compiled model must give the same numbers and do less.
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -41,18 +41,30 @@ class Tokens:
         modality: `[T]` uint8.
         real: `[T]` bool, False at padding.
         phase: `[T]` uint8, PREFILL, DECODE or NO_PHASE, where whoever runs the model has told `skip`.
+        experts: `[T, K]` int64, the expert of each pair; inside `skip`.
+        hidden: `[T, H]`, the rows that the experts are given; inside `skip`.
+        left: `[T]` int64, real tokens of the sequence from this one on, itself included; None where a block
+            is not given all tokens of the call.
     """
 
     modality: Tensor
     real: Tensor
     phase: Tensor | None = None
+    experts: Tensor | None = None
+    hidden: Tensor | None = None
+    left: Tensor | None = None
 
     def to(self, device: torch.device) -> "Tokens":
-        phase = None if self.phase is None else self.phase.to(device)
-        return Tokens(self.modality.to(device), self.real.to(device), phase)
+        moved = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if (value := getattr(self, field.name)) is not None
+        }
+        return Tokens(**moved)
 
 
-# (index of the block, routing weights [T, K] in float32, tokens) -> dropped [T, K] bool
+# (index of the block, routing weights [T, K] in float32, tokens) -> dropped [T, K] bool, or a factor on each
+# weight, [T, K] floating point, zero where the pair is dropped
 Rule = Callable[[int, Tensor, Tokens], Tensor]
 
 
@@ -68,7 +80,9 @@ class Counts:
         return cls(*(torch.zeros(num_blocks, 3, dtype=torch.int64, device=device) for _ in range(2)))
 
     def add(self, block: int, dropped: Tensor, tokens: Tokens) -> None:
-        """Count the pairs of one block and call, `dropped [T, K]`."""
+        """Count the pairs of one block and call, `dropped [T, K]`: what a `Rule` answers."""
+        if dropped.is_floating_point():
+            dropped = dropped == 0
         modality, real = tokens.modality.long(), tokens.real.long()
         device = self.pairs.device
         self.pairs[block].index_add_(0, modality.to(device), (real * dropped.shape[1]).to(device))
@@ -176,7 +190,7 @@ def skip(
         tokens = call_tokens(call, visual_token_ids, special_token_ids)
         current[:] = [tokens if phase is None else replace(tokens, phase=phase().flatten())]
 
-    def without_dropped(index: int, weights: Tensor, rows: Tensor) -> Tensor:
+    def without_dropped(index: int, weights: Tensor, rows: Tensor, experts: Tensor) -> Tensor:
         """Routing weights of the block that is given `rows`, `[T, K]`, with dropped pairs at zero."""
         block = blocks[index]
         if weights.shape[1] != block.top_k:
@@ -188,19 +202,24 @@ def skip(
         tokens = tokens.to(weights.device)
         if len(tokens.modality) != len(weights):
             tokens = _tokens_of_rows(rows, tokens, enclosing, names[block.experts])
-        dropped = rule(index, weights.float(), tokens)
-        counts.add(index, dropped, tokens)
-        kept = weights.masked_fill(dropped, 0)
+        answer = rule(index, weights.float(), replace(tokens, experts=experts, hidden=rows))
+        counts.add(index, answer, tokens)
+        if answer.is_floating_point():
+            kept = (weights * answer).to(weights.dtype)
+        else:
+            kept = weights.masked_fill(answer, 0)
         if renormalise:
             mass = kept.sum(-1, keepdim=True)
-            kept = torch.where(mass > 0, kept * (weights.sum(-1, keepdim=True) / mass), kept)
+            # Not where(mass > 0, a / mass, b): the gradient of the branch not taken would be NaN.
+            kept = kept * (weights.sum(-1, keepdim=True) / torch.where(mass > 0, mass, 1))
         return kept
 
     def experts_hook(index: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            place, rows = _weights_of(args, kwargs), find_rows(args, kwargs)
+            (place, experts), rows = _weights_of(args, kwargs), find_rows(args, kwargs)
             assert rows is not None
-            kept = without_dropped(index, argument(place, args, kwargs), argument(rows, args, kwargs))
+            weights = argument(place, args, kwargs)
+            kept = without_dropped(index, weights, argument(rows, args, kwargs), experts)
             return with_argument(place, kept, args, kwargs)
 
         return hook
@@ -211,7 +230,7 @@ def skip(
         def hook(module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> Any:
             scores: Tensor = output[0]
             weights, chosen = scores.topk(blocks[index].top_k)
-            kept = without_dropped(index, weights, args[0].reshape(-1, args[0].shape[-1]))
+            kept = without_dropped(index, weights, args[0].reshape(-1, args[0].shape[-1]), chosen)
             return scores.scatter(1, chosen, kept), *output[1:]
 
         return hook
@@ -263,19 +282,20 @@ def call_tokens(
         # With a cache the mask covers the past too; the call's own tokens come last.
         real = mask[:, -input_ids.shape[1] :].bool().to(input_ids.device)
     modality = token_modality(input_ids, visual_token_ids, special_token_ids)
-    return Tokens(modality.flatten(), real.flatten())
+    left = real.long().flip(-1).cumsum(-1).flip(-1)
+    return Tokens(modality.flatten(), real.flatten(), left=left.flatten())
 
 
-def _weights_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
-    """Where the routing weights are among an experts module's arguments: they are the floating tensor that
-    has the shape of the integer one. Families name and order their arguments differently."""
+def _weights_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str, Tensor]:
+    """Where the routing weights are among an experts module's arguments, and the indices of the experts: the
+    floating tensor that has the shape of the integer one. Families name and order them differently."""
     places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     tensors = {place: value for place, value in places if isinstance(value, Tensor)}
     for indices in tensors.values():
         if not indices.is_floating_point():
             for place, weights in tensors.items():
                 if weights.is_floating_point() and weights.shape == indices.shape:
-                    return place
+                    return place, indices
     raise ModesError("An experts module was called without top-k indices and weights; it is not supported.")
 
 
