@@ -104,6 +104,7 @@ def _block(modules: dict[str, nn.Module], name: str, experts: nn.Module) -> Bloc
     for holder in (parent, parent.rpartition(".")[0]):
         for router, weight in _router_weights(modules[holder], experts, num_experts):
             top_k = _top_k(router, modules[holder], experts)
+            weight = _with_values(router, weight)
             return Block(parent, experts, router, weight, num_experts, top_k, _dispatch(experts))
     if not is_experts(experts):
         return None
@@ -111,6 +112,18 @@ def _block(modules: dict[str, nn.Module], name: str, experts: nn.Module) -> Bloc
         f"{name} runs {num_experts} experts, but no module beside it holds a router weight of shape "
         f"[{num_experts}, H]; this family is not supported yet."
     )
+
+
+def _with_values(router: nn.Module, weight: Tensor) -> Tensor:
+    """The router's weight, brought from where accelerate has put it if it is offloaded."""
+    for module in router.modules() if weight.is_meta else ():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter is weight and hasattr(module, "_hf_hook"):
+                from accelerate.utils import align_module_device
+
+                with align_module_device(module):
+                    return getattr(module, name).detach().clone()
+    return weight
 
 
 def _router_weights(

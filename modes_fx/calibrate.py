@@ -101,7 +101,8 @@ def calibrate(
     with world_of(model) as world:
         with world.together():
             digests = look_through(model, batches, ids, meaning.dropped, ahead=meaning.ahead)
-            identity = model_digest(model)
+            routers = [fingerprint(block.router_weight) for block in blocks]
+            identity = hashlib.sha256(f"{model_digest(model)} {routers}".encode()).hexdigest()
         everything = repr((identity, variant, method, ids, digests))
         world.agree(hashlib.sha256(everything.encode()).hexdigest(), "model or batches")
         key = {
@@ -114,7 +115,9 @@ def calibrate(
         if world.size > 1:
             key["num_batches"] = str(len(digests))  # which decides what each process measures
 
-        def measured(name: Method, batches: Iterable[Batch], digests: Sequence[str], path: Any) -> State:
+        def measured(
+            how: Method, title: str, batches: Iterable[Batch], digests: Sequence[str], path: Any
+        ) -> State:
             shares = world.shares(len(digests), len(blocks))
             task = Task(model, blocks, ids, meaning, shares, digests, reuse)
             fresh = State.fresh(key, len(blocks), len(meaning.dropped))
@@ -122,20 +125,20 @@ def calibrate(
             with (
                 world.together(),
                 Journal(path, fresh) as journal,
-                progress_bar(name, steps, enabled=progress and world.first) as bar,
+                progress_bar(title, steps, enabled=progress and world.first) as bar,
                 evaluating(model),
             ):
                 check_resumed(journal.state, task, bar)
-                if name == "exact":
+                if how == "exact":
                     measure_exact(task, batches, journal, bar)
                 else:
-                    measure_taylor(task, batches, journal, bar, name)
+                    measure_taylor(task, batches, journal, bar, how)
             return _combine(world, journal.state)
 
-        state = measured(method, batches, digests, world.file(resume))
+        state = measured(method, "calibrate", batches, digests, world.file(resume))
         if method != "exact" and check:
             some = _first(batches, check)
-            exact = measured("exact", some, digests[: len(some)], None)
+            exact = measured("exact", "check", some, digests[: len(some)], None)
             if world.first:
                 sys.stderr.write(_comparison(state, exact))
     return _profile(state, model, blocks, variant if method == "exact" else f"{variant}, {method}", *ids)

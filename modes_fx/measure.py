@@ -420,8 +420,8 @@ def model_digest(model: nn.Module) -> str:
         flat = parameter.detach().flatten()
         stride = max(1, len(flat) // 64)
         # What is offloaded to a disk would have to be read in whole.
-        some = flat[:0].cpu() if flat.is_meta else flat[::stride][:64]
-        values = [f"{value:.9g}" for value in some.double().tolist()]
+        some = [] if flat.is_meta else flat[::stride][:64].double().tolist()
+        values = [f"{value:.9g}" for value in some]
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {values}".encode())
     return digest.hexdigest()
 
