@@ -1,11 +1,12 @@
 """The ways to compile a model, as data, and one cell of the matrix: a family compiled in one way.
 
-`tests/e2e/test_families.py` has an oracle of its own for each cell, `bench/coverage.py` draws the table.
+`bench/coverage.py` draws the table; `tests/e2e/test_families.py` checks part of its cells, against an oracle
+of its own.
 """
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from modes_fx.testing.families import Family, set_experts
 from modes_fx.testing.profiles import tiny_profile
 
 Inputs = Mapping[str, Any]
-# The families that go through every way; the others share their code, and go through one.
+# The families that bench/coverage.py puts through every way; the others share their code, and go through one.
 NAMED = (
     *("qwen3_vl_moe", "qwen3_5_moe", "qwen3_omni_moe", "internvl+qwen3_moe", "internvl+gpt_oss"),
     *("kimi_k25+deepseek_v3", "glm4v_moe", "ernie4_5_vl_moe", "llama4", "aria", "gemma4", "minimax_m3_vl"),
@@ -184,6 +185,7 @@ def cover(
     dtype: torch.dtype = torch.float32,
     lowering: Any = "eager",
     may_turn: int = 0,
+    kinds: Iterable[str] | None = None,
 ) -> Cell:
     """Compile a tiny model of `family` in one way, and compare its answers with the oracle's.
 
@@ -193,14 +195,18 @@ def cover(
         experts: The experts' implementation of a decorated family, for `set_experts`.
         may_turn: So many tokens of a call, the worst, do not count: in 16 bits, a sum that is rounded
             otherwise can turn a choice of the router, or put a score on the other side of a threshold.
+        kinds: Kinds of inputs, fewer than the way is for.
     Raises:
         AssertionError: A layer did not run rewritten, and neither an error nor a warning said so.
     """
     model = family.build(dtype=dtype)
     if experts is not None and family.decorated:
         set_experts(model, experts)
-    kinds = [kind for kind in way.kinds if kind in family.kinds]
-    calls = [family.inputs(kind, dtype=dtype) for kind in kinds]
+    calls = [
+        family.inputs(kind, dtype=dtype)
+        for kind in way.kinds
+        if kind in family.kinds and (kinds is None or kind in kinds)
+    ]
     profile = tiny_profile(model, weight_scale=family.weight_scale)
     wanted, skips = [], []
     with torch.no_grad():
