@@ -102,8 +102,9 @@ def for_internvl(batch: Batch) -> Batch:
 def load(directory: Path) -> InternVLForConditionalGeneration:
     """The trained model in eval mode, float32."""
     model: Any = AutoModelForImageTextToText.from_pretrained(
-        directory, dtype=torch.float32, experts_implementation="grouped_mm", local_files_only=True
+        directory, dtype=torch.float32, local_files_only=True
     )
+    model.model.language_model.set_experts_implementation("grouped_mm")
     return model.eval()
 
 

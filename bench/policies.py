@@ -29,7 +29,7 @@ from modes_fx.errors import SearchError
 from modes_fx.measure import Measured, Meter, bootstrap
 from modes_fx.modality import TEXT, VISION
 from modes_fx.plots import plot_layer_skips, plot_marginal, plot_policies
-from modes_fx.policies.marginal import GroupWeights, tune_marginal
+from modes_fx.policies.equal_cost import GroupWeights, tune_marginal
 from modes_fx.policies.policy import Bench, PairRecorder, Policy, tune
 from modes_fx.policies.reduce_k import halving, reduced_k
 from modes_fx.policies.relative import ser

@@ -4,7 +4,7 @@
 ACE (arXiv 2609.05228) is missing: what is known of it (method notes 4.2) does not define its two scores.
 """
 
-from modes_fx.policies.marginal import marginal as marginal
+from modes_fx.policies.equal_cost import marginal as marginal
 from modes_fx.policies.policy import Bench as Bench
 from modes_fx.policies.policy import Policy as Policy
 from modes_fx.policies.policy import Tuned as Tuned

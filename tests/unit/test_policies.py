@@ -13,7 +13,7 @@ from modes_fx.measure import Meter, kl_sum
 from modes_fx.modality import OTHER, TEXT, VISION
 from modes_fx.policies import Bench, Policy, marginal, tune
 from modes_fx.policies.batch_aware import ExpertsRead, batch_aware, token_by_token
-from modes_fx.policies.marginal import Found, GroupWeights, as_profile, group_rule, marginal_costs
+from modes_fx.policies.equal_cost import Found, GroupWeights, as_profile, group_rule, marginal_costs
 from modes_fx.policies.policy import PairRecorder, ranks
 from modes_fx.policies.reduce_k import halving, reduced_k
 from modes_fx.policies.relative import ser
