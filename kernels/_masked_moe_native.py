@@ -3,8 +3,8 @@
 `native/op.cpp` becomes torch's kernel for CPU tensors, and picks, by formula and dtype, one of the kernels
 that were built from `native/masked_moe.h`. Those take float32 and bfloat16, and expert weights whose rows
 are contiguous. Sums are taken in float32; the weighted output of each pair is rounded to the dtype of
-`hidden`, and so is, with a matrix unit, the input of `down`. An index outside of `[0, E)` drops its pair.
-The order of every sum is fixed, so equal inputs give equal bits with any number of threads.
+`hidden`, and so is, where a matrix unit is used, the input of `down`. An index outside of `[0, E)` drops its
+pair. The order of every sum is fixed, so equal inputs give equal bits with any number of threads.
 """
 
 import ctypes

@@ -13,20 +13,23 @@
 
 // Tokens of one expert that are multiplied together: what is gathered of them stays in a core's cache.
 constexpr i64 MAX_ROWS = 96;
-// Columns that go to one thread at a time, where experts are too few to go around.
-constexpr i64 SPLIT = 32;
+// Columns of the formula's value and of the output that go to one thread at a time, where experts are too few to
+// go around.
+constexpr i64 UP_SPLIT = 32, DOWN_SPLIT = 64;
 
 using Arguments = ArgumentsOf<Element>;
 
 struct Task {
   i64 expert, first, rows;  // positions [first, first + rows)
+  i64 expert_rows;          // of all tasks of the expert
 };
 
 struct Dispatch {
   std::vector<int32_t> position;  // [T, K]: where a kept pair is, -1 where dropped
   std::vector<int32_t> token;     // [kept], by position
+  std::vector<uint8_t> alone;     // [kept], by position: whether it is the only pair that its token keeps
   std::vector<float> weight;      // [kept], by position
-  std::vector<Task> tasks;        // largest first
+  std::vector<Task> tasks;        // those of the largest expert first; those of one follow each other
 };
 
 static inline float read(const void* values, bool are_bfloat16, i64 i) {
@@ -57,28 +60,40 @@ static Dispatch dispatch(const Arguments& a) {
     if (a.renormalise && kept > 0) scale[t] = mass / kept;
   }
   for (i64 e = 0; e < a.experts; e++) {
-    i64 rows = next[e + 1], first = next[e];
+    const i64 all = next[e + 1];
+    i64 rows = all, first = next[e];
     // Equal tasks, so that none of them is a small rest.
     for (i64 n = (rows + MAX_ROWS - 1) / MAX_ROWS; n > 0; n--) {
       const i64 size = n == 1 ? rows : (rows / n + LANES - 1) / LANES * LANES;
-      d.tasks.push_back({e, first, size});
+      d.tasks.push_back({e, first, size, all});
       first += size, rows -= size;
     }
     next[e + 1] = int32_t(first);
   }
   const i64 kept = next[a.experts];
   d.token.resize(kept);
+  d.alone.resize(kept);
   d.weight.resize(kept);
-  for (i64 t = 0; t < a.tokens; t++)
-    for (i64 p = t * a.slots; p < (t + 1) * a.slots; p++) {
+  for (i64 t = 0; t < a.tokens; t++) {
+    const i64 begin = t * a.slots, end = begin + a.slots;
+    const i64 dropped = std::count(d.position.begin() + begin, d.position.begin() + end, -1);
+    for (i64 p = begin; p < end; p++) {
       if (d.position[p] < 0) continue;
       const int32_t at = next[a.ids[p]]++;
       d.position[p] = at;
+      d.alone[at] = dropped == a.slots - 1;
       d.token[at] = int32_t(t);
       d.weight[at] = read(a.weights, a.weights_are_bfloat16, p) * (a.renormalise ? scale[t] : 1.f);
     }
-  std::stable_sort(d.tasks.begin(), d.tasks.end(), [](const Task& a, const Task& b) { return a.rows > b.rows; });
+  }
+  std::stable_sort(d.tasks.begin(), d.tasks.end(),
+                   [](const Task& a, const Task& b) { return a.expert_rows > b.expert_rows; });
   return d;
+}
+
+// Where the weighted output of a position goes: straight to the output, or among `rows`, to be added up.
+static inline Element* destination(const Arguments& a, const Dispatch& d, Element* rows, i64 at) {
+  return d.alone[at] ? a.out + d.token[at] * a.output_size : rows + at * a.output_size;
 }
 
 static inline i64 padded(i64 n) { return (n + LANES - 1) / LANES * LANES; }
@@ -112,7 +127,6 @@ class Arena {
   std::unique_ptr<char, Free> memory_;
   i64 size_ = 0, used_ = 0;
 };
-
 
 // Rows of gate_up that belong to column `i` of the formula's value.
 static inline i64 first_row(const Arguments& a, i64 i) { return GATED && a.interleaved ? 2 * i : i; }

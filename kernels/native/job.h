@@ -8,23 +8,28 @@
 #include "products.h"
 
 // From so many tokens on, a vector with idle lanes is quicker than rows.
-constexpr i64 WORTH_A_PANEL = LANES * 11 / 16;
-constexpr i64 PAGE = 4096;
+constexpr i64 WORTH_A_PANEL = LANES == 16 ? 11 : LANES - 1;
 // Columns of the formula's value that a tile gives.
 constexpr i64 COLUMNS = GATED ? HALF : ROWS;
+// Bytes that one tile after the other reads from each of a tile's places.
+constexpr i64 RUN = 16384;
 
 // One task with its memory.
 class Job {
  public:
   struct Unit {};  // nothing to set up in a thread
-  static i64 scratch(const Arguments& a) { return ROWS * std::max(a.hidden_size, a.inner_size); }
+  // Of a thread: widened weights, then the products of a group of output columns.
+  static i64 scratch(const Arguments& a) { return widest(a) + DOWN_SPLIT * MAX_ROWS; }
   static i64 bytes(const Arguments& a, i64 rows) {
     const i64 widths = padded(a.hidden_size) + 3 * padded(a.inner_size) + 4 * 64;
-    return 4 * ((rows + 2 * LANES) * widths + 2 * padded(a.inner_size) + padded(a.output_size) + MAX_ROWS) + 4096;
+    const i64 products = LANES * padded(a.output_size);
+    const i64 biases = 2 * padded(a.inner_size) + padded(a.output_size);
+    return 4 * ((rows + 2 * LANES) * widths + products + biases + MAX_ROWS) + 4096;
   }
 
   Job(const Arguments& a, const Dispatch& d, const Task& task, Element* rows, Arena& arena)
-      : a_(a), d_(d), task_(task), out_(rows + task.first * a.output_size) {
+      : a_(a), d_(d), task_(task) {
+    for (i64 t = 0; t < task.rows; t++) out_[t] = destination(a, d, rows, task.first + t);
     panels_ = task.rows / LANES + (task.rows % LANES >= WORTH_A_PANEL);
     rest_ = std::max<i64>(0, task.rows - panels_ * LANES);
     inner_ = padded(a.inner_size);
@@ -38,6 +43,7 @@ class Job {
     second_bias_ = arena.take<float>(inner_);
     down_bias_ = arena.take<float>(padded(a.output_size));
     weights_ = arena.take<float>(MAX_ROWS);
+    products_rest_ = arena.take<float>(rest_ * padded(a.output_size));
   }
 
   void gather() {
@@ -69,12 +75,14 @@ class Job {
     read_biases(a_, task_.expert, first_bias_, second_bias_, down_bias_);
   }
 
-  // Columns [begin, end) of what the formula gives; `begin` is a multiple of SPLIT.
+  // Columns [begin, end) of what the formula gives; `begin` is a multiple of UP_SPLIT.
   void gate_up(i64 begin, i64 end, float* scratch) {
-    const i64 S = spread();
+    const Tiles tiles = up_tiles();
+    const i64 S = tiles.spread;
     for (i64 i = begin; i < end; i += COLUMNS) {
-      const i64 at = column(i, S), next = i + COLUMNS;
-      const Ahead ahead = ahead_of(next < end ? gate_up_weights(column(next, S), S) : down_weights(0));
+      const i64 at = tiles.column(i), next = i + COLUMNS;
+      const Ahead ahead = ahead_of(next < end ? gate_up_weights(tiles.column(next), S)
+                                              : down_weights(0, down_tiles().spread));
       multiply(
           gate_up_weights(at, S), a_.hidden_size, x_tokens_, ahead, scratch,
           [&](i64 panel, auto& sums) {
@@ -104,51 +112,78 @@ class Job {
       }
   }
 
-  // Columns [begin, end) of the rows of this task.
+  // Columns [begin, end) of the rows of this task; `begin` is a multiple of DOWN_SPLIT.
   void down(i64 begin, i64 end, float* scratch) {
-    const i64 stride = a_.output_size;
-    for (i64 i = begin; i < end; i += ROWS) {
-      // The last tile reaches back over columns that are there already.
-      const i64 h = std::min(i, stride - ROWS);
-      const Ahead ahead = i + ROWS < end ? ahead_of(down_weights(i + ROWS)) : Ahead();
-      multiply(
-          down_weights(h), a_.inner_size, y_tokens_, ahead, scratch,
-          [&](i64 panel, auto& sums) {
-            for (i64 v = 0; v < i64(std::size(sums[0])); v++, panel++) {
-              const vec weight = load(weights_ + panel * LANES);
-              vec block[ROWS];
-              for (i64 r = 0; r < ROWS; r++) block[r] = (sums[r][v] + down_bias_[h + r]) * weight;
-              transpose(block);
-              Element tokens[LANES][ROWS];
-              for (i64 r = 0; r < ROWS; r++) store(&tokens[0][0] + r * LANES, block[r]);
-              const i64 num = std::min<i64>(LANES, task_.rows - panel * LANES);
-              Element* out = out_ + panel * LANES * stride + h;
-              for (i64 t = 0; t < num; t++) memcpy(out + t * stride, tokens[t], sizeof tokens[t]);
-            }
-          },
-          [&](i64 t, auto& sums) {
-            for (auto& row : sums) {
-              const i64 token = panels_ * LANES + t++;
+    const Tiles tiles = down_tiles();
+    const i64 O = a_.output_size, S = tiles.spread;
+    float* products = scratch + widest(a_);  // [columns, panels, LANES]
+    for (i64 group = begin; group < end; group += S * ROWS) {
+      const i64 first = tiles.column(group), stop = std::min(group + S * ROWS, end);
+      for (i64 i = group; i < stop; i += ROWS) {
+        const i64 at = tiles.column(i), next = i + ROWS;
+        const Ahead ahead = next < end ? ahead_of(down_weights(tiles.column(next), S)) : Ahead();
+        multiply(
+            down_weights(at, S), a_.inner_size, y_tokens_, ahead, scratch,
+            [&](i64 panel, auto& sums) {
               for (i64 r = 0; r < ROWS; r++)
-                assign(out_[token * stride + h + r], (row[r] + down_bias_[h + r]) * weights_[token]);
-            }
-          });
+                for (i64 v = 0; v < i64(std::size(sums[0])); v++)
+                  store(products + ((at - first + r * S) * panels_ + panel + v) * LANES, sums[r][v]);
+            },
+            [&](i64 t, auto& sums) {
+              for (auto& row : sums) {
+                for (i64 r = 0; r < ROWS; r++) products_rest_[t * padded(O) + at + r * S] = row[r];
+                t++;
+              }
+            });
+      }
+      for (i64 panel = 0; panel < panels_; panel++)
+        for (i64 h = first; h < stop; h += ROWS)
+          write_panel(panel, h, products + ((h - first) * panels_ + panel) * LANES);
+    }
+    for (i64 t = 0; t < rest_; t++) {
+      const i64 at = panels_ * LANES + t;
+      Element* out = out_[at];
+      for (i64 h = begin; h < end; h += LANES) {
+        const vec sum = load(products_rest_ + t * padded(O) + h) + load(down_bias_ + h);
+        if (h + LANES <= O)
+          store(out + h, sum * weights_[at]);
+        else
+          store_some(out + h, sum * weights_[at], O - h);
+      }
     }
   }
 
  private:
-  // A processor fetches ahead along one run of addresses in each page. So the rows of a tile are taken from
-  // different pages: every S-th of a group of S * COLUMNS columns.
-  i64 spread() const {
-    i64 S = 1;
-    const i64 row = a_.hidden_size * i64(sizeof(Element));
-    while (2 * S * COLUMNS <= SPLIT && 2 * S * row <= PAGE && a_.inner_size % (2 * S * COLUMNS) == 0) S *= 2;
-    return S;
-  }
-  // The first column of the tile that stands at `i`; the last tile may reach back over columns that are there.
-  i64 column(i64 i, i64 S) const {
-    const i64 group = S * COLUMNS;
-    return S == 1 ? std::min(i, a_.inner_size - COLUMNS) : i / group * group + i % group / COLUMNS;
+  static i64 widest(const Arguments& a) { return padded(ROWS * std::max(a.hidden_size, a.inner_size)); }
+
+  // The columns of a product, `size` to a tile. A processor fetches ahead along one run of addresses in each page.
+  // So the rows of a tile lie apart, and the next tile goes on where each of them ends: a tile takes every
+  // `spread`-th of a group of spread * size columns.
+  struct Tiles {
+    i64 width, size, spread;
+
+    Tiles(i64 width, i64 size, i64 split, i64 row_bytes) : width(width), size(size), spread(1) {
+      while (2 * spread * size <= split && spread * row_bytes < RUN && width % (2 * spread * size) == 0) spread *= 2;
+    }
+    // The first column of the tile that stands at `i`; the last may reach back over columns that are there.
+    i64 column(i64 i) const {
+      const i64 group = spread * size;
+      return spread == 1 ? std::min(i, width - size) : i / group * group + i % group / size;
+    }
+  };
+  Tiles up_tiles() const { return {a_.inner_size, COLUMNS, UP_SPLIT, a_.hidden_size * i64(sizeof(Element))}; }
+  Tiles down_tiles() const { return {a_.output_size, ROWS, DOWN_SPLIT, a_.inner_size * i64(sizeof(Element))}; }
+
+  // ROWS columns from `h` on to the outputs of a panel's tokens; the columns are `panels_` vectors apart.
+  void write_panel(i64 panel, i64 h, const float* products) {
+    const vec weight = load(weights_ + panel * LANES);
+    vec block[ROWS];
+    for (i64 r = 0; r < ROWS; r++) block[r] = (load(products + r * panels_ * LANES) + down_bias_[h + r]) * weight;
+    transpose(block);
+    Element tokens[LANES][ROWS];
+    for (i64 r = 0; r < ROWS; r++) store(&tokens[0][0] + r * LANES, block[r]);
+    const i64 first = panel * LANES, num = std::min<i64>(LANES, task_.rows - first);
+    for (i64 t = 0; t < num; t++) memcpy(out_[first + t] + h, tokens[t], sizeof tokens[t]);
   }
 
   Weights<Element> gate_up_weights(i64 column, i64 S) const {
@@ -158,9 +193,9 @@ class Job {
     const Element* second = GATED ? expert + second_row(a_, column) * a_.gate_up_stride : first + HALF * S * stride;
     return {first, second, S * stride};
   }
-  Weights<Element> down_weights(i64 h) const {
-    const Element* first = a_.down + task_.expert * a_.down_expert_stride + h * a_.down_stride;
-    return {first, first + HALF * a_.down_stride, a_.down_stride};
+  Weights<Element> down_weights(i64 column, i64 S) const {
+    const Element* first = a_.down + task_.expert * a_.down_expert_stride + column * a_.down_stride;
+    return {first, first + HALF * S * a_.down_stride, S * a_.down_stride};
   }
 
   // Where a token of this task comes from; past the last, the last once more.
@@ -186,10 +221,10 @@ class Job {
   const Arguments& a_;
   const Dispatch& d_;
   const Task& task_;
-  Element* out_;
+  Element* out_[MAX_ROWS];  // of each position
   i64 panels_, rest_, inner_;
   float *x_, *x_rest_, *y_, *y_rest_, *first_rest_, *second_rest_;
-  float *first_bias_, *second_bias_, *down_bias_, *weights_;
+  float *first_bias_, *second_bias_, *down_bias_, *weights_, *products_rest_;
   Tokens x_tokens_, y_tokens_;
 };
 

@@ -2,7 +2,7 @@
 //
 //   dispatch   threshold, then a counting sort: the kept pairs by expert, each with a position
 //   jobs       up to MAX_ROWS positions of one expert: gather -> gate_up, formula -> down -> a row for each
-//   combine    a token's rows, added in slot order and written once
+//   combine    the rows of a token with several, added in slot order and written once
 //
 // Only weights of experts with kept pairs are read, where they lie. Sums have a fixed order, so equal inputs
 // give equal bits with any number of threads.
@@ -22,6 +22,7 @@ static void combine(const Arguments& a, const Dispatch& d, const Element* rows, 
   const i64 O = a.output_size;
   Element* out = a.out + token * O;
   const int32_t *position = d.position.data() + token * a.slots, *end = position + a.slots;
+  if (std::any_of(position, end, [&](int32_t p) { return p >= 0 && d.alone[p]; })) return;
   i64 h = 0;
   for (; h + LANES <= O; h += LANES) {
     vec sum = {};
@@ -38,8 +39,7 @@ static void combine(const Arguments& a, const Dispatch& d, const Element* rows, 
 }
 
 template <class Job>
-static i64 run(const Arguments& a) {
-  const Dispatch d = dispatch(a);
+static void run(const Arguments& a, const Dispatch& d) {
   const i64 kept = i64(d.token.size()), num_tasks = i64(d.tasks.size());
   const i64 scratch = Job::scratch(a);
   // Threads by the weights to read: for a few of them, waking a thread takes longer than reading.
@@ -61,8 +61,8 @@ static i64 run(const Arguments& a) {
   if (split) {
     for (i64 i = 0; i < num_tasks; i++) {
       jobs.emplace_back(a, d, d.tasks[i], rows, shared);
-      for (i64 c = 0; c < a.inner_size; c += SPLIT) up_units.emplace_back(i, c);
-      for (i64 c = 0; c < a.output_size; c += SPLIT) down_units.emplace_back(i, c);
+      for (i64 c = 0; c < a.inner_size; c += UP_SPLIT) up_units.emplace_back(i, c);
+      for (i64 c = 0; c < a.output_size; c += DOWN_SPLIT) down_units.emplace_back(i, c);
     }
   }
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -77,12 +77,12 @@ static i64 run(const Arguments& a) {
 #pragma omp for schedule(dynamic)
       for (i64 u = 0; u < i64(up_units.size()); u++) {
         const auto [i, c] = up_units[u];
-        jobs[i].gate_up(c, std::min(c + SPLIT, a.inner_size), space);
+        jobs[i].gate_up(c, std::min(c + UP_SPLIT, a.inner_size), space);
       }
 #pragma omp for schedule(dynamic)
       for (i64 u = 0; u < i64(down_units.size()); u++) {
         const auto [i, c] = down_units[u];
-        jobs[i].down(c, std::min(c + SPLIT, a.output_size), space);
+        jobs[i].down(c, std::min(c + DOWN_SPLIT, a.output_size), space);
       }
     } else {
 #pragma omp for schedule(dynamic)
@@ -98,17 +98,20 @@ static i64 run(const Arguments& a) {
 #pragma omp for schedule(static)
     for (i64 t = 0; t < a.tokens; t++) combine(a, d, rows, t);
   }
-  return kept;
 }
 
 // The number of kept pairs; -1 where there is no memory.
 extern "C" i64 run_masked_moe(const void* arguments) {
   const Arguments& a = *static_cast<const Arguments*>(arguments);
   try {
+    const Dispatch d = dispatch(a);
 #if defined(__AMX_BF16__)
-    if (TileJob::takes(a)) return run<TileJob>(a);
+    if (TileJob::takes(a, d))
+      run<TileJob>(a, d);
+    else
 #endif
-    return run<Job>(a);
+      run<Job>(a, d);
+    return i64(d.token.size());
   } catch (const std::bad_alloc&) {
     return -1;
   }

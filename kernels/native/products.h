@@ -29,10 +29,12 @@ struct Tokens {
   i64 num_rest;
 };
 
-constexpr i64 STEP = 16;  // values of k between two fetches
+// Values of k in a step of a panel tile: weights are fetched before it, and rows multiplied after it.
+constexpr i64 STEP_VECTORS = 4, STEP = STEP_VECTORS * LANES;
+// With 32 registers, rows are multiplied beside the last panels, while their weights are in the nearest cache.
+constexpr bool ROWS_BESIDE_PANELS = LANES == 16;
 
-// Weights that come next, fetched while the present ones are multiplied: rows of a matrix lie in different
-// pages, and with each page a processor's own prefetching starts anew.
+// Weights that come next, fetched while the present ones are multiplied.
 struct Ahead {
   const char *first, *second;  // `begin` to `end` of HALF rows from either, `stride` bytes apart
   i64 stride, element;
@@ -57,9 +59,35 @@ static inline Ahead ahead_of(const Weights<T>& w) {
   return {(const char*)w.first, (const char*)w.second, w.stride * element, element, 0, HALF};
 }
 
+// Rows to multiply beside a panel, and a vector of partial sums for each: lane l holds those of every LANES-th k.
+struct Beside {
+  const float* const* rows;
+  i64 num_rows;
+  vec (*sums)[ROWS];
+
+  // Adds STEP values of k. HALF of the weight rows at a time: few enough registers for a panel to keep its own.
+  void add(const Weights<float>& w, i64 k) const {
+    for (int half = 0; half < ROWS; half += HALF) {
+      const float* weights = w.row(half) + k;
+      for (i64 t = 0; t < num_rows; t++) {
+        vec x[STEP_VECTORS];
+#pragma GCC unroll 8
+        for (int i = 0; i < STEP_VECTORS; i++) x[i] = load(rows[t] + k + i * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < HALF; r++) {
+          vec sum = sums[t][half + r];
+#pragma GCC unroll 8
+          for (int i = 0; i < STEP_VECTORS; i++) sum += load(weights + r * w.stride + i * LANES) * x[i];
+          sums[t][half + r] = sum;
+        }
+      }
+    }
+  }
+};
+
 template <int V>
 static inline void panel_tile(const Weights<float>& w, i64 K, const float* x, i64 panel_size, const Ahead& ahead,
-                              vec (&sums)[ROWS][V]) {
+                              const Beside& beside, vec (&sums)[ROWS][V]) {
   // Enough sums under way to hide the latency of each.
   constexpr int CHAINS = V == 1 ? 2 : 1;
   vec acc[CHAINS][ROWS][V] = {};
@@ -77,13 +105,14 @@ static inline void panel_tile(const Weights<float>& w, i64 K, const float* x, i6
     }
   };
   for (i64 start = 0; start < K; start += STEP) {
-    ahead.fetch(start);
     const i64 end = start + STEP < K ? start + STEP : K;
+    for (i64 k = start; k < end; k += LANES) ahead.fetch(k);
     i64 k = start;
     for (; k + CHAINS <= end; k += CHAINS)
 #pragma GCC unroll 2
       for (int chain = 0; chain < CHAINS; chain++) add(k + chain, chain);
     if (k < end) add(k, 0);
+    if (end == start + STEP) beside.add(w, start);
   }
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < V; v++) {
@@ -138,15 +167,11 @@ using Size = std::integral_constant<int, N>;
 template <class T, class PanelsOut, class RowsOut>
 static inline void multiply(const Weights<T>& w, i64 K, const Tokens& x, const Ahead& ahead, float* scratch,
                             PanelsOut panels_out, RowsOut rows_out) {
-  const i64 tiles = (x.num_panels + PANELS_AT_ONCE - 1) / PANELS_AT_ONCE + (x.num_rest + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+  const bool beside = ROWS_BESIDE_PANELS && x.num_panels > 0;
+  const i64 panel_tiles = (x.num_panels + PANELS_AT_ONCE - 1) / PANELS_AT_ONCE;
+  const i64 row_tiles = beside ? 0 : (x.num_rest + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+  const i64 tiles = panel_tiles + row_tiles;
   i64 tile = 0;
-  // The tile's size is an argument's type, since a lambda of C++17 takes no template arguments.
-  auto panels = [&](const Weights<float>& wide, i64 v, auto size) {
-    vec sums[ROWS][size()];
-    panel_tile<size()>(wide, K, x.panels + v * x.panel_size, x.panel_size, ahead.part(tile++, tiles), sums);
-    panels_out(v, sums);
-    return v + size();
-  };
   auto rows = [&](const auto& weights, i64 t, auto size) {
     float sums[size()][ROWS];
     row_tile<size()>(weights, K, x.rest + t, ahead.part(tile++, tiles), sums);
@@ -162,10 +187,28 @@ static inline void multiply(const Weights<T>& w, i64 K, const Tokens& x, const A
   // Weights that are used once are widened on their way; else once for all.
   if (tiles == 1 && x.num_panels == 0) return rest(w);
   const Weights<float> wide = widened(w, K, scratch);
+  vec beside_sums[LANES][ROWS];
+  if (beside) std::fill_n(&beside_sums[0][0], x.num_rest * ROWS, vec{});
+  // The tile's size is an argument's type, since a lambda of C++17 takes no template arguments.
+  auto panels = [&](i64 v, auto size) {
+    const bool last = v + size() == x.num_panels;
+    vec sums[ROWS][size()];
+    panel_tile<size()>(wide, K, x.panels + v * x.panel_size, x.panel_size, ahead.part(tile++, tiles),
+                       {x.rest, beside && last ? x.num_rest : 0, beside_sums}, sums);
+    panels_out(v, sums);
+    return v + size();
+  };
   i64 v = 0;
   // Four are two and two: three and one would leave a tile with few sums under way.
-  while (v + PANELS_AT_ONCE <= x.num_panels && x.num_panels - v != 4) v = panels(wide, v, Size<PANELS_AT_ONCE>());
-  while (x.num_panels - v >= 2) v = panels(wide, v, Size<2>());
-  if (x.num_panels - v == 1) panels(wide, v, Size<1>());
-  rest(wide);
+  while (v + PANELS_AT_ONCE <= x.num_panels && x.num_panels - v != 4) v = panels(v, Size<PANELS_AT_ONCE>());
+  while (x.num_panels - v >= 2) v = panels(v, Size<2>());
+  if (x.num_panels - v == 1) panels(v, Size<1>());
+  if (!beside) return rest(wide);
+  for (i64 t = 0; t < x.num_rest; t++) {
+    float sums[1][ROWS];
+    sum_lanes(beside_sums[t], sums[0]);
+    for (i64 k = K / STEP * STEP; k < K; k++)
+      for (int r = 0; r < ROWS; r++) sums[0][r] += wide.row(r)[k] * x.rest[t][k];
+    rows_out(t, sums);
+  }
 }

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "dispatch.h"
+#include "products.h"
 
 class TileJob {
  public:
@@ -32,9 +33,11 @@ class TileJob {
     ~Unit() { _tile_release(); }
   };
 
-  static bool takes(const Arguments& a) {
+  static bool takes(const Arguments& a, const Dispatch& d) {
     const bool whole = a.hidden_size % DEPTH == 0 && a.inner_size % DEPTH == 0 && a.output_size % DEPTH == 0;
-    return std::is_same<Element, bfloat16>::value && whole;
+    // A few rows keep up with memory without it.
+    const bool many = !d.tasks.empty() && d.tasks[0].expert_rows > ROWS_AT_ONCE;
+    return std::is_same<Element, bfloat16>::value && whole && many;
   }
   static i64 scratch(const Arguments&) { return 4 * SIDE * SIDE; }
   static i64 bytes(const Arguments& a, i64 rows) {
@@ -43,7 +46,8 @@ class TileJob {
   }
 
   TileJob(const Arguments& a, const Dispatch& d, const Task& task, Element* rows, Arena& arena)
-      : a_(a), d_(d), task_(task), out_(rows + task.first * a.output_size), panels_((task.rows + SIDE - 1) / SIDE) {
+      : a_(a), d_(d), task_(task), panels_((task.rows + SIDE - 1) / SIDE) {
+    for (i64 t = 0; t < task.rows; t++) out_[t] = destination(a, d, rows, task.first + t);
     x_ = arena.take<vec>(panels_ * a.hidden_size / 2);
     y_ = arena.take<vec>(panels_ * a.inner_size / 2);
     scaled_ = arena.take<Element>(SIDE * a.hidden_size);
@@ -86,15 +90,14 @@ class TileJob {
         multiply(first, second, stride, a_.hidden_size, x_ + p * a_.hidden_size / 2, p + 1 < panels_, fetch(p), products);
         for (i64 v = 0; v < 2 && p + v < panels_; v++)
           for (i64 j = 0; j < columns; j += 2) {
-            vech values[2];
+            vec values[2];
             for (i64 n = 0; n < 2; n++) {
               const i64 half = (j + n) / SIDE, row = (j + n) % SIDE;
               const vec a = load(products + ((half * 2 + v) * SIDE + row) * SIDE) + first_bias_[i + j + n];
               const vec b = GATED ? load(products + ((2 + v) * SIDE + row) * SIDE) + second_bias_[i + j + n] : vec{};
-              values[n] = narrow(formula(a, b));
+              values[n] = formula(a, b);
             }
-            const vecu low = __builtin_convertvector(values[0], vecu), high = __builtin_convertvector(values[1], vecu);
-            y_[((p + v) * a_.inner_size + i + j) / 2] = (vec)(low | high << 16);
+            y_[((p + v) * a_.inner_size + i + j) / 2] = narrow_pairs(values[0], values[1]);
           }
       }
     }
@@ -113,14 +116,17 @@ class TileJob {
           const vec weight = load(weights_ + (p + v) * SIDE);
           const i64 num = std::min(SIDE, task_.rows - (p + v) * SIDE);
           for (i64 half = 0; half < 2; half++) {
-            vec block[SIDE];
-            for (i64 r = 0; r < SIDE; r++) {
-              const vec sum = load(products + ((half * 2 + v) * SIDE + r) * SIDE);
-              block[r] = (sum + down_bias_[h + half * SIDE + r]) * weight;
-            }
+            const float* sums = products + (half * 2 + v) * SIDE * SIDE;
+            const float* bias = down_bias_ + h + half * SIDE;
+            auto row = [&](i64 r) { return (load(sums + r * SIDE) + bias[r]) * weight; };
+            // Pairs of columns, [SIDE / 2, tokens], become [tokens, SIDE / 2].
+            vec block[SIDE / 2];
+            for (i64 r = 0; r < SIDE; r += 2) block[r / 2] = narrow_pairs(row(r), row(r + 1));
             transpose(block);
+            Element tokens[SIDE][SIDE];
+            memcpy(tokens, block, sizeof tokens);
             for (i64 t = 0; t < num; t++)
-              store(out_ + ((p + v) * SIDE + t) * a_.output_size + h + half * SIDE, block[t]);
+              memcpy(out_[(p + v) * SIDE + t] + h + half * SIDE, tokens[t], sizeof tokens[t]);
           }
         }
       }
@@ -173,7 +179,7 @@ class TileJob {
   const Arguments& a_;
   const Dispatch& d_;
   const Task& task_;
-  Element* out_;
+  Element* out_[MAX_ROWS];  // of each position
   i64 panels_;
   vec *x_, *y_;  // [panels, H / 2] and [panels, I / 2], each vec 16 pairs
   Element* scaled_;

@@ -45,11 +45,15 @@ static inline vec load(const bfloat16* p) {
   return (vec)(__builtin_convertvector(half, vecu) << 16);
 }
 
-// To the nearest, ties to even, as torch rounds; NaN stays NaN.
-static inline vech narrow(vec v) {
-  vecu bits = (vecu)v;
-  vecu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return __builtin_convertvector(v == v ? rounded : (vecu{} + 0x7fc0), vech);
+// Rounded to bfloat16, the upper half of each lane: to the nearest, ties to even, as torch does; NaN stays NaN.
+static inline vecu rounded_bits(vec v) {
+  const vecu bits = (vecu)v;
+  return v == v ? bits + 0x7fff + ((bits >> 16) & 1) : vecu{} + 0x7fc00000;
+}
+static inline vech narrow(vec v) { return __builtin_convertvector(rounded_bits(v) >> 16, vech); }
+// Two values of bfloat16 to a lane.
+static inline vec narrow_pairs(vec low, vec high) {
+  return (vec)(rounded_bits(low) >> 16 | (rounded_bits(high) & 0xffff0000));
 }
 
 static inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
