@@ -26,7 +26,9 @@ def requires() -> dict[str, Any]:
     }
 
 
-def write_programs(folder: Path, traced: dict[str, Traced], options: dict[str, Any]) -> dict[str, Program]:
+def write_programs(
+    folder: Path, traced: dict[str, Traced], options: dict[str, Any]
+) -> tuple[dict[str, Program], dict[str, Any]]:
     """Compile every program into `NAME.pt2`.
 
     Args:
@@ -42,7 +44,7 @@ def write_programs(folder: Path, traced: dict[str, Traced], options: dict[str, A
                 each.program, package_path=str(folder / program.file), inductor_configs=options
             )
         written[name] = program
-    return written
+    return written, {}
 
 
 def open_program(folder: Path, manifest: Manifest, program: Program) -> Any:

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,10 +64,10 @@ def export(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
         partial = Path(name) / folder.name
         partial.mkdir()
-        written = module.write_programs(partial, programs, dict(options or {}))
-        manifest = _manifest(model, profile, traced, target, module, written).write(partial)
+        written, details = module.write_programs(partial, programs, dict(options or {}))
+        manifest = _manifest(model, profile, traced, target, module, written, details).write(partial)
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, Path(name) / "before")
         os.replace(partial, folder)
     return manifest
 
@@ -112,10 +111,9 @@ def _manifest(
     target: str,
     module: Any,
     written: dict[str, Any],
+    details: dict[str, Any],
 ) -> Manifest:
-    sizes, details = traced.sizes, dict(getattr(module, "details", dict)())
-    if traced.pictures:
-        details["feature_size"] = traced.feature_size
+    sizes = traced.sizes
     return Manifest(
         target=target,
         model=type(model).__name__,
@@ -138,6 +136,7 @@ def _manifest(
         ),
         picture_token_id=traced.picture_token_id,
         merge_size=traced.merge_size,
+        feature_size=traced.feature_size,
         eos_token_ids=_eos_token_ids(model),
         details=details,
     )

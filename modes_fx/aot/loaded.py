@@ -209,8 +209,8 @@ class ExportedModel:
         if pixels is None:
             if wanted:
                 raise ValueError(f"input_ids holds {wanted} visual tokens, and there are no pixel_values.")
-            width = self.manifest.details["feature_size"]
-            return {name: torch.zeros(1, width, dtype=self._dtype) for name in names}
+            width = self.manifest.feature_size
+            return {name: torch.zeros(1, width or 0, dtype=self._dtype) for name in names}
         found = [self._run_picture(piece, grid) for piece, grid in _pictures(pixels, grids)]
         features = [torch.cat(rows) for rows in zip(*found, strict=True)]
         if features[0].shape[0] != wanted:

@@ -85,6 +85,7 @@ class Manifest:
         picture_token_id: Placeholder of a visual token, None without pictures.
         merge_size: Patches that make one visual token, along one side of the grid; where it is set,
             positions count time, height and width (M-RoPE), else tokens alone.
+        feature_size: Width of a picture's rows, None without pictures.
         eos_token_ids: What ends an answer.
         details: What a target wants to tell, e.g. sizes and build times of engines.
         files: sha256 and size of every file.
@@ -103,6 +104,7 @@ class Manifest:
     pictures: tuple[Picture, ...] = ()
     picture_token_id: int | None = None
     merge_size: int | None = None
+    feature_size: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import onnxscript  # type: ignore[import-not-found,unused-ignore]
 import torch
@@ -41,7 +42,9 @@ def requires() -> dict[str, Any]:
     return {}
 
 
-def write_programs(folder: Path, traced: dict[str, Traced], options: dict[str, Any]) -> dict[str, Program]:
+def write_programs(
+    folder: Path, traced: dict[str, Traced], options: dict[str, Any]
+) -> tuple[dict[str, Program], dict[str, Any]]:
     """Write every program as `NAME.onnx`, and `weights.bin` for all of them.
 
     Args:
@@ -50,20 +53,19 @@ def write_programs(folder: Path, traced: dict[str, Traced], options: dict[str, A
     weights = Weights(folder / WEIGHTS)
     written = {}
     for name, each in traced.items():
-        model = to_onnx(each, block_rows=BLOCK_ROWS.get(name, 1), sparse=options.get("sparse", True))
-        weights.move_out_of(model)
-        program = Program(f"{name}.onnx", each.inputs, each.outputs)
-        onnx.save(model, folder / program.file)
-        onnx.checker.check_model(str(folder / program.file), full_check=True)
-        written[name] = program
-    return written
+        path = folder / f"{name}.onnx"
+        rows = BLOCK_ROWS.get(name, 1)
+        write_onnx(each, path, weights, block_rows=rows, sparse=options.get("sparse", True))
+        written[name] = Program(path.name, each.inputs, each.outputs)
+    return written, {}
 
 
-def to_onnx(traced: Traced, *, block_rows: int, sparse: bool) -> onnx.ModelProto:
-    """One program as an ONNX model whose functions hold the body of each kind of `MaskedMoE`.
+def write_onnx(traced: Traced, path: Path, weights: "Weights", *, block_rows: int, sparse: bool) -> None:
+    """Write one program as ONNX, with the body of each kind of `MaskedMoE` in it, and check it.
 
     Args:
         traced: After `modes_fx.rewrite`; a program without the operator will do too.
+        weights: In the same folder; takes the tensors.
         block_rows: B of the body.
         sparse: The way of the body.
     """
@@ -79,10 +81,12 @@ def to_onnx(traced: Traced, *, block_rows: int, sparse: bool) -> onnx.ModelProto
             verbose=False,
         )
     assert converted is not None
-    model: onnx.ModelProto = converted.model_proto
-    _strip(model)
+    _strip(converted.model)
+    weights.move_out_of(converted.model)
+    model = onnx_ir.to_proto(converted.model)
     model.functions.extend(write_function(name, kind, sparse=sparse) for kind, name in kinds.items())
-    return model
+    onnx.save(model, path)
+    onnx.checker.check_model(str(path), full_check=True)
 
 
 def open_program(folder: Path, manifest: Manifest, program: Program) -> Any:
@@ -101,20 +105,17 @@ def open_program(folder: Path, manifest: Manifest, program: Program) -> Any:
     return run
 
 
-def _strip(model: onnx.ModelProto) -> None:
+def _strip(model: onnx_ir.Model) -> None:
     """Remove what the exporter notes for debugging: stack traces, with paths of this machine."""
-    graph = model.graph
-    for each in (
-        model,
-        graph,
-        *graph.node,
-        *graph.initializer,
-        *graph.value_info,
-        *graph.input,
-        *graph.output,
-    ):
-        each.ClearField("doc_string")
-        each.ClearField("metadata_props")
+    for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
 
 
 def _numpy(tensor: Tensor) -> Any:
@@ -195,23 +196,28 @@ class Weights:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._places: dict[tuple[Any, ...], int] = {}
+        self._places: dict[bytes, int] = {}
 
-    def move_out_of(self, model: onnx.ModelProto) -> None:
-        """Leave references to this file in place of the model's large initializers."""
+    def move_out_of(self, model: onnx_ir.Model) -> None:
+        """Leave references to this file in place of the model's large tensors."""
         with open(self.path, "ab") as file:
-            for tensor in model.graph.initializer:
-                raw = tensor.raw_data
-                if len(raw) < _SMALLEST_EXTERNAL:
+            for value in model.graph.initializers.values():
+                tensor = value.const_value
+                if tensor is None or tensor.nbytes < _SMALLEST_EXTERNAL:
                     continue
-                key = (hashlib.sha256(raw).digest(), len(raw))
+                raw = tensor.tobytes()
+                key = hashlib.sha256(raw).digest()
                 if key not in self._places:
                     # Aligned, so that a runtime can map it.
                     file.write(b"\0" * (-file.tell() % 4096))
                     self._places[key] = file.tell()
                     file.write(raw)
-                onnx.external_data_helper.set_external_data(
-                    tensor, self.path.name, offset=self._places[key], length=len(raw)
+                value.const_value = onnx_ir.ExternalTensor(
+                    self.path.name,
+                    self._places[key],
+                    len(raw),
+                    tensor.dtype,
+                    shape=tensor.shape,  # type: ignore[arg-type]
+                    name=value.name or "",
+                    base_dir=self.path.parent,
                 )
-                tensor.ClearField("raw_data")
-                tensor.data_location = onnx.TensorProto.EXTERNAL

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 import tensorrt_rtx as trt  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import torch
 from torch import Tensor
 
 from modes_fx.aot.manifest import Manifest, Program
-from modes_fx.aot.onnx_target import BLOCK_ROWS, WEIGHTS, Weights, to_onnx
+from modes_fx.aot.onnx_target import BLOCK_ROWS, WEIGHTS, Weights, write_onnx
 from modes_fx.aot.programs import Traced
 from modes_fx.errors import ExportError
 
@@ -55,24 +54,27 @@ class Engine:
         }
 
 
-def write_programs(folder: Path, traced: dict[str, Traced], options: dict[str, Any]) -> dict[str, Program]:
+def write_programs(
+    folder: Path, traced: dict[str, Traced], options: dict[str, Any]
+) -> tuple[dict[str, Program], dict[str, Any]]:
     """Build every program into `NAME.engine`.
 
     Args:
         options: `compute_capabilities` (("SM80", "SM89", "SM120")): names of `ComputeCapability`;
             `max_activation_bytes` (None): raise where an engine needs more scratch memory.
+    Returns:
+        The programs, and a report of each engine for the manifest.
     """
     capabilities = tuple(options.get("compute_capabilities", COMPUTE_CAPABILITIES))
     limit = options.get("max_activation_bytes")
-    written = {}
-    _reports.clear()
+    written: dict[str, Program] = {}
+    details: dict[str, Any] = {"compute_capabilities": list(capabilities)}
     for name, each in traced.items():
         shapes = shapes_of(each)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             path = Path(scratch) / f"{name}.onnx"
-            model = to_onnx(each, block_rows=BLOCK_ROWS.get(name, 1), sparse=False)
-            Weights(path.with_name(WEIGHTS)).move_out_of(model)
-            onnx.save(model, path)
+            weights = Weights(path.with_name(WEIGHTS))
+            write_onnx(each, path, weights, block_rows=BLOCK_ROWS.get(name, 1), sparse=False)
             engine = build_engine(path, shapes, capabilities)
         if limit is not None and engine.activation_bytes > limit:
             raise ExportError(
@@ -81,10 +83,9 @@ def write_programs(folder: Path, traced: dict[str, Traced], options: dict[str, A
             )
         program = Program(f"{name}.engine", each.inputs, each.outputs)
         (folder / program.file).write_bytes(engine.plan)
-        _reports[name] = engine.report()
+        details[name] = engine.report()
         written[name] = program
-    _reports["compute_capabilities"] = list(capabilities)
-    return written
+    return written, details
 
 
 def build_engine(path: Path, shapes: Shapes, capabilities: Sequence[str]) -> Engine:
@@ -150,11 +151,6 @@ def requires() -> dict[str, Any]:
     return {"gpu": "NVIDIA", "tensorrt_rtx": trt.__version__}
 
 
-def details() -> dict[str, Any]:
-    """Sizes, build times and scratch memory of the engines that were written last."""
-    return dict(_reports)
-
-
 def open_program(folder: Path, manifest: Manifest, program: Program) -> Any:
     """An engine on this machine's GPU."""
     if not torch.cuda.is_available():
@@ -185,9 +181,6 @@ def open_program(folder: Path, manifest: Manifest, program: Program) -> Any:
         return results
 
     return run
-
-
-_reports: dict[str, Any] = {}
 
 
 class _Log(trt.ILogger):  # type: ignore[misc]
