@@ -1,12 +1,18 @@
-"""The command line: `modes-fx demo | calibrate | search | explain | show`.
+"""The command line: `modes-fx demo | calibrate | search | explain | evaluate | show`.
 
 Whatever the user can put right is one sentence on standard error and exit code 2; a traceback is a bug.
 Only the command that runs imports torch and transformers, so that --help is quick.
 """
 
+import dataclasses
+import functools
+import inspect
+import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -20,19 +26,153 @@ app = typer.Typer(
     help="Skip the experts that do not matter: MoDES for mixture-of-experts multimodal models.",
 )
 
-ModelOption = Annotated[
-    str, typer.Option("--model", help="Folder of a transformers model, or `demo` for the one inside.")
-]
-BatchesOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--batches",
-        help='JSON Lines, {"question": ..., "answer": ..., "image": PATH}; the demo model has its own.',
-    ),
-]
-SamplesOption = Annotated[int | None, typer.Option("--samples", min=1, help="Use no more samples than this.")]
+_MODEL = "Folder of a transformers model, its name on the Hub, or `demo` for the one inside."
+ModelOption = Annotated[str, typer.Option("--model", help=_MODEL)]
 ProfileArgument = Annotated[Path, typer.Argument(help="A profile, as `calibrate` or `search` wrote it.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Where to write the profile.")]
+ResumeOption = Annotated[
+    Path | None, typer.Option(help="Keep progress in this file; the same command run again goes on from it.")
+]
+
+
+def _model_option(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel="How the model is loaded")
+
+
+def _data_option(help: str, *names: str, **given: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel="Samples", **given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How to load a model: options that several commands share."""
+
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], _model_option("Of the weights; auto: as stored.")
+    ] = "auto"
+    device_map: Annotated[
+        str | None, _model_option("As of transformers: `auto` spreads the layers over all devices.")
+    ] = None
+    trust_remote_code: Annotated[
+        bool, _model_option("Run the code that the model brings along.", "--trust-remote-code")
+    ] = False
+
+    def processor(self, model: str) -> Any:
+        from modes_fx.loading import load_processor
+
+        return load_processor(model, trust_remote_code=self.trust_remote_code)
+
+    def model(self, model: str) -> Any:
+        from modes_fx.loading import load_model
+
+        return load_model(
+            model, dtype=self.dtype, device_map=self.device_map, trust_remote_code=self.trust_remote_code
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Loading):
+    """What to load, and samples to run it on."""
+
+    data: Annotated[
+        str | None,
+        _data_option(
+            "A .jsonl, .json, .parquet, .csv or .arrow file, a folder for the datasets library, or a name on "
+            "the Hub; the demo model has samples of its own."
+        ),
+    ] = None
+    data_name: Annotated[str | None, _data_option("Configuration of the data set.")] = None
+    data_split: Annotated[str | None, _data_option("Split of the data set.")] = None
+    image_column: Annotated[str, _data_option("A picture, its path, or a list of them.")] = "image"
+    question_column: Annotated[str, _data_option("What is asked.")] = "question"
+    answer_column: Annotated[str, _data_option("What is answered; of a list the first.")] = "answer"
+    task_column: Annotated[str | None, _data_option("Names the task of a row.")] = None
+    prompt: Annotated[
+        str, _data_option("What to ask; {question} is the row's, {COLUMN} any other text of it.")
+    ] = "{question}"
+    text_only: Annotated[bool, _data_option("Take no pictures.", "--text-only")] = False
+    image_table: Annotated[
+        str | None,
+        _data_option(
+            "Configuration whose rows are the pictures (columns id, image); the image column then holds ids."
+        ),
+    ] = None
+    template: Annotated[
+        list[str] | None, _data_option("NAME=VALUE for the chat template, e.g. enable_thinking=false.")
+    ] = None
+    samples: Annotated[int | None, _data_option("Use no more samples than this.", min=1)] = None
+    seed: Annotated[
+        int | None, _data_option("Take samples in a random order; else the first ones.", min=0)
+    ] = None
+    batch_size: Annotated[int, _data_option("Samples in a batch.", min=1)] = 8
+
+    def load(self, model: str) -> tuple[Any, Any, Any]:
+        """(model, processor, batches): the model last, for it takes longest and the others may be wrong."""
+        processor = self.processor(model)
+        batches = self.batches(model, processor)
+        return self.model(model), processor, batches
+
+    def batches(self, model: str, processor: Any) -> Any:
+        if self.data is None:
+            if model != "demo":
+                raise ModesError("A model of your own needs --data; only the demo has samples inside.")
+            from modes_fx import demo as shipped
+
+            return shipped.batches("calibration", self.samples or 130)
+        from modes_fx.data import ChatBatches, Columns, PictureTable, load_rows
+
+        pictures = None
+        if self.image_table is not None:
+            pictures = PictureTable(load_rows(self.data, name=self.image_table, split=self.data_split))
+        return ChatBatches(
+            load_rows(self.data, name=self.data_name, split=self.data_split),
+            processor,
+            columns=Columns(
+                image=None if self.text_only else self.image_column,
+                question=self.question_column,
+                answer=self.answer_column,
+                task=self.task_column,
+                prompt=self.prompt,
+            ),
+            pictures=pictures,
+            batch_size=self.batch_size,
+            samples=self.samples,
+            seed=self.seed,
+            template=dict(map(_template_argument, self.template or [])),
+        )
+
+
+def _template_argument(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ModesError(f"--template takes NAME=VALUE, got {text!r}.")
+    return name, {"true": True, "false": False}.get(value.lower(), value)
+
+
+def takes(options: type[Loading]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for every field of `options`, in place of its argument `source`."""
+    hints = get_type_hints(options, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in dataclasses.fields(options)
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            source = options(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+            command(**given, source=source)
+
+        signature = inspect.signature(command)
+        own = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in signature.parameters.values()]
+        parameters = [*(parameter for parameter in own if parameter.name != "source"), *shared]
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
 
 
 @app.command()
@@ -55,39 +195,37 @@ def demo(
 
 
 @app.command()
+@takes(Source)
 def calibrate(
-    model: Annotated[str, typer.Argument(help="Folder of a transformers model, or `demo`.")],
+    model: Annotated[str, typer.Argument(help=_MODEL)],
     out: OutOption,
-    batches: BatchesOption = None,
-    samples: SamplesOption = None,
+    source: Source,
     variant: Annotated[
         Literal["modality", "paper"], typer.Option(help="One alpha per modality, or one for both.")
     ] = "modality",
-    resume: Annotated[
-        Path | None, typer.Option(help="Keep progress in this file; run again to go on.")
-    ] = None,
+    resume: ResumeOption = None,
 ) -> None:
     """Measure alpha, the importance of every MoE layer, and write a profile that skips nothing yet.
 
-    Example:  modes-fx calibrate path/to/model --batches questions.jsonl --out model.modes.json
+    Started by torchrun, its processes share the work: torchrun --nproc-per-node 8 -m modes_fx calibrate ...
+
+    Example:  modes-fx calibrate path/to/model --data questions.jsonl --out model.modes.json
     """
     import modes_fx
 
-    loaded, processor = _load(model)
-    data = _batches(model, batches, samples, processor)
-    profile = modes_fx.calibrate(loaded, data, processor=processor, variant=variant, resume=resume)
-    profile.save(out)
-    _show(profile, f"Wrote {out}")
+    loaded, processor, batches = source.load(model)
+    profile = modes_fx.calibrate(loaded, batches, processor=processor, variant=variant, resume=resume)
+    _write(profile, out)
 
 
 @app.command()
+@takes(Source)
 def search(
     profile: ProfileArgument,
     target_skip: Annotated[float, typer.Option(min=0, max=1, help="Wanted skip rate.")],
+    source: Source,
     out: Annotated[Path | None, typer.Option(help="Where to write; PROFILE itself by default.")] = None,
     model: ModelOption = "demo",
-    batches: BatchesOption = None,
-    samples: SamplesOption = None,
     tolerance: Annotated[
         float, typer.Option(help="How far from the target the measured rate may lie.")
     ] = 0.01,
@@ -99,39 +237,83 @@ def search(
 ) -> None:
     """Set a profile's two thresholds so that a wanted share of the experts is skipped.
 
-    Example:  modes-fx search model.modes.json --target-skip 0.83 --model path/to/model --batches q.jsonl
+    Example:  modes-fx search model.modes.json --target-skip 0.83 --model path/to/model --data q.jsonl
     """
     import modes_fx
 
     calibrated = modes_fx.Profile.load(profile)
-    loaded, processor = _load(model)
+    loaded, _, batches = source.load(model)
     found = modes_fx.search(
         loaded,
-        _batches(model, batches, samples, processor),
+        batches,
         calibrated,
         target_skip=target_skip,
         tolerance=tolerance,
         grid=grid,
         exponents=exponent or None,
     )
-    found.save(out or profile)
-    _show(found, f"Wrote {out or profile}")
+    _write(found, out or profile)
 
 
 @app.command()
-def explain(profile: ProfileArgument, model: ModelOption = "demo", batches: BatchesOption = None) -> None:
+@takes(Source)
+def explain(profile: ProfileArgument, source: Source, model: ModelOption = "demo") -> None:
     """Compile the model with a profile and say what was found, rewritten, left alone, and why.
 
-    Example:  modes-fx explain model.modes.json --model path/to/model --batches questions.jsonl
+    Example:  modes-fx explain model.modes.json --model path/to/model --data questions.jsonl
     """
     import modes_fx
 
     loaded_profile = modes_fx.Profile.load(profile)
-    loaded, processor = _load(model)
-    batch = _batches(model, batches, 1, processor)[0]
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "task")}
-    report = modes_fx.explain(loaded, loaded_profile, **inputs)  # type: ignore[attr-defined]
-    typer.echo(str(report))
+    loaded, _, batches = dataclasses.replace(source, samples=1).load(model)
+    inputs = {name: value for name, value in batches[0].items() if name not in ("labels", "task")}
+    typer.echo(str(modes_fx.explain(loaded, loaded_profile, **inputs)))
+
+
+@app.command()
+@takes(Loading)
+def evaluate(
+    model: Annotated[str, typer.Argument(help=_MODEL)],
+    tasks: Annotated[str, typer.Option(help="Names of tasks, separated by commas.")],
+    source: Loading,
+    profile: Annotated[Path | None, typer.Option(help="What to skip; without it, nothing.")] = None,
+    harness: Annotated[
+        Literal["lmms-eval", "lm-eval"], typer.Option(help="Questions about pictures, or text alone.")
+    ] = "lmms-eval",
+    how: Annotated[
+        Literal["attach", "compile"], typer.Option(help="Skip in the uncompiled model, or in a compiled one.")
+    ] = "attach",
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a batch.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="No more samples of a task than this.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder of task files of your own.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
+) -> None:
+    """Score a model, with a profile or without, on benchmarks of lmms-eval or lm-eval.
+
+    Example:  modes-fx evaluate path/to/model --profile model.modes.json --tasks gqa,pope
+    """
+    import json
+
+    from modes_fx.evaluation import evaluate as run
+    from modes_fx.profile import Profile, write_atomically
+    from modes_fx.tables import print_evaluation
+
+    chosen = None if profile is None else Profile.load(profile)
+    processor = source.processor(model)
+    found = run(
+        source.model(model),
+        processor,
+        [task for task in tasks.split(",") if task],
+        profile=chosen,
+        harness=harness,
+        how=how,
+        batch_size=batch_size,
+        limit=limit,
+        include_path=include_path,
+    )
+    if out is not None:
+        write_atomically(out, json.dumps(dataclasses.asdict(found), indent=2) + "\n")
+    print_evaluation(found)
 
 
 @app.command()
@@ -156,36 +338,11 @@ def _show(profile: Any, last_line: str = "") -> None:
         console.print(last_line)
 
 
-def _load(model: str) -> tuple[Any, Any]:
-    """(model, processor) of a folder, or of the demo; never from the network."""
-    if model == "demo":
-        from modes_fx import demo as shipped
-
-        return shipped.load()
-    if not (Path(model) / "config.json").is_file():
-        raise ModesError(f"{model} is not a model folder (it has no config.json); pass a folder or `demo`.")
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    try:
-        loaded = AutoModelForImageTextToText.from_pretrained(
-            model, dtype="auto", experts_implementation="grouped_mm", local_files_only=True
-        )
-        processor = AutoProcessor.from_pretrained(model, local_files_only=True)
-    except (ValueError, OSError) as error:
-        raise ModesError(f"{model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    return loaded.eval(), processor
-
-
-def _batches(model: str, path: Path | None, samples: int | None, processor: Any) -> list[Any]:
-    if path is not None:
-        from modes_fx.records import read_batches
-
-        return read_batches(path, processor, limit=samples)
-    if model != "demo":
-        raise ModesError("A model of your own needs --batches FILE.jsonl; only the demo has samples inside.")
-    from modes_fx import demo as shipped
-
-    return shipped.batches("calibration", samples or 130)
+def _write(profile: Any, out: Path) -> None:
+    """Write a profile and say so; of several processes one does."""
+    if os.environ.get("RANK", "0") == "0":
+        profile.save(out)
+        _show(profile, f"Wrote {out}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from rich.table import Table
 from modes_fx.profile import Profile
 
 if TYPE_CHECKING:
+    from modes_fx.evaluation import Evaluation
     from modes_fx.main_job import Results
 
 
@@ -40,6 +41,23 @@ def print_profile(profile: Profile, console: Console) -> None:
         f"visual token ids {list(profile.visual_token_ids)}, special {list(profile.special_token_ids)}\n"
         f"made with {versions or 'unknown versions'}; digest {profile.digest()[:12]}"
     )
+
+
+def print_evaluation(found: "Evaluation") -> None:
+    """A row per task and metric, and what was skipped."""
+    table = Table("task", "metric", "value", "standard error", "samples", title=found.harness)
+    for task, scores in found.scores.items():
+        for name, value in scores.items():
+            metric, _, way = name.partition(",")
+            error = scores.get(f"{metric}_stderr,{way}")
+            if "_stderr" not in metric:
+                cells = (f"{value:.4f}", "-" if error is None else f"{error:.4f}")
+                table.add_row(task, metric, *cells, str(found.samples.get(task, "-")))
+    console = Console()
+    console.print(table)
+    if found.skip:
+        rates = ", ".join(f"{name} {_percent(rate)}" for name, rate in found.skip.items())
+        console.print(f"measured skip rate: {rates}")
 
 
 def print_results(results: "Results", profile: Profile, console: Console) -> None:

@@ -7,15 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import modes_fx
 from modes_fx import demo
 from modes_fx.cli import main
+from modes_fx.demo.samples import draw_sample
 from modes_fx.errors import ModesError
 from modes_fx.profile import Profile
-from modes_fx.records import read_batches
 
 
 def run(capsys: Any, *arguments: object) -> tuple[int, str, str]:
@@ -85,8 +84,6 @@ def test_search_of_several_exponents_writes_the_profile_itself(capsys, calibrate
 
 
 def test_explain_names_every_layer(capsys, calibrated):
-    if not hasattr(modes_fx, "explain"):
-        pytest.skip("modes_fx.explain is not there yet")
     code, out, _ = run(capsys, "explain", calibrated)
     assert code == 0
     for i in range(6):
@@ -111,7 +108,12 @@ def test_no_command_prints_the_help_and_fails(capsys):
         (["search", "/nowhere/p.json"], "Missing option '--target-skip'"),
         (["calibrate", "/nowhere", "--out", "p.json"], "/nowhere is not a model folder"),
         (["calibrate", "demo", "--out", "p.json", "--variant", "x"], "Invalid value for '--variant'"),
-        (["calibrate", "demo", "--out", "p.json", "--batches", "/nowhere/b.jsonl"], "No such file"),
+        (["calibrate", "demo", "--out", "p.json", "--data", "/nowhere/b.jsonl"], "No such file"),
+        (
+            ["calibrate", "demo", "--out", "p.json", "--data", "/nowhere"],
+            "/nowhere: there is no such data set",
+        ),
+        (["calibrate", "demo", "--out", "p.json", "--dtype", "int8"], "Invalid value for '--dtype'"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_code_2(capsys, arguments, message):
@@ -141,12 +143,6 @@ def test_an_output_folder_that_is_a_file_is_one_sentence(capsys, tmp_path):
     assert "File exists" in refused(capsys, "demo", "--out", tmp_path / "file")
 
 
-def test_a_model_folder_that_cannot_be_loaded_is_one_sentence(capsys, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
-    given = ("--out", tmp_path / "p.json", "--batches", tmp_path / "b.jsonl")
-    assert "cannot be loaded: " in refused(capsys, "calibrate", tmp_path, *given)
-
-
 def test_what_dynamo_wraps_is_unwrapped(capsys, monkeypatch):
     class BackendCompilerFailed(Exception):
         inner_exception = ModesError("a layer was not rewritten.")
@@ -167,61 +163,82 @@ def test_a_bug_is_not_hidden(monkeypatch):
         main(["show", "p"])
 
 
-# Records: batches from a JSON Lines file.
+# A model and its processor from a folder, samples from a file.
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model and processor as `save_pretrained` writes them, and four questions with pictures."""
     from PIL import Image
 
-    folder = tmp_path_factory.mktemp("records")
-    batch = demo.batches("calibration", 2)[0]
-    for i in range(2):
-        noise = np.random.default_rng(i).integers(0, 255, (96, 96, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / f"{i}.png")
-    lines = [
-        {"question": batch.prompts[0], "answer": batch.answers[0], "image": "0.png"},
-        {"text": batch.prompts[1], "answer": batch.answers[1], "image": str(folder / "1.png")},
-        {"question": "what is at top left", "answer": "dog"},
-    ]
-    path = folder / "b.jsonl"
-    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
-    return path, batch
+    path = tmp_path_factory.mktemp("saved")
+    model, processor = demo.load()
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    lines = []
+    for index, task in enumerate(demo.TASKS[:4]):
+        sample = draw_sample("calibration", task, 0)
+        Image.fromarray(sample.picture).save(path / f"{index}.png")
+        asked = {"question": sample.question, "answer": sample.answer, "task": task}
+        lines.append(json.dumps({**asked, "image": f"{index}.png"}))
+    (path / "questions.jsonl").write_text("\n".join(lines))
+    return path
 
 
-def test_records_become_the_batches_that_the_demo_makes(records):
-    path, batch = records
-    _, processor = demo.load()
-    made = read_batches(path, processor)
-    assert len(made) == 3
-    for row in range(2):
-        real = batch["attention_mask"][row].bool()
-        assert made[row]["input_ids"][0].tolist() == batch["input_ids"][row][real].tolist()
-        assert made[row]["labels"][0].tolist() == batch["labels"][row][real].tolist()
-        assert made[row]["pixel_values"].shape == (144, 384)
-    assert "pixel_values" not in made[2]
-    assert len(read_batches(path, processor, limit=1)) == 1
-
-
-def test_calibrate_from_a_model_folder_and_records(capsys, records, tmp_path):
+def test_a_model_folder_and_a_file_give_what_the_demo_gives(capsys, folder, tmp_path):
     out = tmp_path / "p.json"
-    code, _, err = run(capsys, "calibrate", demo.ASSETS, "--batches", records[0], "--out", out)
+    given = ("--data", folder / "questions.jsonl", "--task-column", "task")
+    code, _, err = run(capsys, "calibrate", folder, *given, "--batch-size", 4, "--out", out)
     assert code == 0, err
-    assert Profile.load(out).num_samples == 3
+    model, processor = demo.load()
+    batches = demo.batches("calibration", 4)
+    profile = Profile.load(out)
+    assert profile == modes_fx.calibrate(model, batches, processor=processor, progress=False)
+    code, _, err = run(
+        capsys, "search", out, "--model", folder, *given, "--batch-size", 2, "--target-skip", 0.5, "--grid", 4
+    )
+    assert code == 0, err
+    assert Profile.load(out).measured_skip == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "holds no line"),
-        ("{", r"line 1 is not JSON"),
-        ("3", "line 1 must be an object"),
-        ('{"question": "q"}', "line 1 needs a string answer"),
-        ('{"question": 3, "answer": "a"}', "line 1 needs a string question"),
-    ],
-)
-def test_records_that_cannot_be_used_are_refused_with_their_line(tmp_path, text, message):
-    path = tmp_path / "b.jsonl"
-    path.write_text(text)
-    with pytest.raises(ModesError, match=message):
-        read_batches(path, None)
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
+    """A model without experts, and a tokenizer."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    path = tmp_path_factory.mktemp("dense")
+    sizes: Any = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=256, num_key_value_heads=1, **sizes)).save_pretrained(path)
+    demo.load()[1].tokenizer.save_pretrained(path)
+    return path
+
+
+def test_what_cannot_be_calibrated_is_one_sentence(capsys, folder, dense, tmp_path):
+    out = ("--out", tmp_path / "p.json")
+    data = ("--data", folder / "questions.jsonl")
+    assert "A model of your own needs --data" in refused(capsys, "calibrate", folder, *out)
+    said = refused(capsys, "calibrate", folder, *data, "--answer-column", "gold", *out)
+    assert "There is no column gold; there are question, answer, task, image." in said
+    said = refused(capsys, "calibrate", folder, *data, "--template", "enable_thinking", *out)
+    assert "--template takes NAME=VALUE, got 'enable_thinking'" in said
+    assert "is a tokenizer and takes no pictures" in refused(capsys, "calibrate", dense, *data, *out)
+    plain = (*data, "--text-only", *out)
+    assert "has no MoE block" in refused(capsys, "calibrate", dense, *plain)
+    (dense / "chat_template.jinja").rename(dense / "aside")
+    assert "has no chat template" in refused(capsys, "calibrate", dense, *plain)
+    (dense / "aside").rename(dense / "chat_template.jinja")
+    (dense / "config.json").write_text("{")
+    assert "cannot be loaded: " in refused(capsys, "calibrate", dense, *plain)
+    assert not (tmp_path / "p.json").exists()
+
+
+def test_of_several_processes_one_writes_and_speaks(folder, tmp_path):
+    """Started by torchrun; that the shares add up to the same profile is the calibration's own test."""
+    out = tmp_path / "p.json"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    given = ["--data", folder / "questions.jsonl", "--samples", 2, "--batch-size", 1, "--out", out]
+    command = [*launch, "-m", "modes_fx", "calibrate", folder, *given]
+    ran = subprocess.run([str(part) for part in command], text=True, capture_output=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("Wrote ") == 1
+    assert Profile.load(out).num_samples == 2
