@@ -10,7 +10,7 @@ readings that stayed within the bounds the mean skip rate is within `length of t
 target, whatever the traffic does: the argument of adaptive conformal inference (Gibbs and Candes, arXiv
 2106.00170, proposition 4.1). At a bound the place stops, so that nothing has to be unwound when the traffic
 comes back. It settles without swinging where gain * slope < 1, the slope being that of the skip rate over
-log(tau).
+log(tau); `default_gain` has the slope near the target in mind.
 """
 
 import json
@@ -84,7 +84,7 @@ class Controller:
         path: Sequence[tuple[float, float]] | None = None,
         every: int = 8,
         min_pairs: int = 4096,
-        gain: float = 1.0,
+        gain: float | None = None,
     ) -> None:
         """
         Args:
@@ -96,7 +96,7 @@ class Controller:
                 two; for example the frontier of a search. One that changes is finite and above zero.
             every: Calls between two readings. A reading waits for what a GPU has been given.
             min_pairs: A reading that saw fewer pairs is left to the next one.
-            gain: Change of log(tau) for an error of 1.
+            gain: Change of log(tau) for an error of 1; None for `default_gain(target_skip)`.
         Raises:
             ValueError: An argument is out of range, or `model` is not adjustable or does not count.
         """
@@ -106,7 +106,7 @@ class Controller:
             target_skip = model.profile.target_skip
         if target_skip is None or not 0 <= target_skip <= 1:
             raise ValueError(f"target_skip must be from 0 to 1, got {target_skip}.")
-        if every < 1 or min_pairs < 1 or not 0 < gain < math.inf:
+        if every < 1 or min_pairs < 1 or not (gain is None or 0 < gain < math.inf):
             raise ValueError(
                 f"every, min_pairs and gain must be above zero, got {every}, {min_pairs} and {gain}."
             )
@@ -146,7 +146,8 @@ class Controller:
             self._seen = seen
             self.readings += 1
             skip = dropped / pairs
-            self._move_to(self.place + self.gain * (self.target_skip - skip))
+            gain = default_gain(self.target_skip) if self.gain is None else self.gain
+            self._move_to(self.place + gain * (self.target_skip - skip))
             at_bound = self.place in (0.0, self.length)
             return Reading(skip, pairs, self._thresholds.text, self._thresholds.vision, at_bound)
 
@@ -183,6 +184,15 @@ class Controller:
     def _count(self) -> tuple[int, int]:
         counts = self._model.counts()
         return int(counts.pairs[:, _SKIPPED].sum()), int(counts.dropped[:, _SKIPPED].sum())
+
+
+def default_gain(target_skip: float) -> float:
+    """A gain for which gain * slope is about a half; at most 4.
+
+    Skip rates over log(tau) are near a logistic curve, of slope `steepness * skip * (1 - skip)`, with a
+    steepness of 2 to 3 on the demo model.
+    """
+    return 0.25 / max(target_skip * (1 - target_skip), 1 / 16)
 
 
 class _Path:
