@@ -146,6 +146,19 @@ def test_the_bootstrap_is_the_known_one_of_a_mean_and_widens_with_the_level():
         bootstrap([], [])
 
 
+def test_the_studentised_bootstrap_covers_the_mean_of_skewed_samples_more_often():
+    generator = torch.Generator().manual_seed(0)
+    covered = {False: 0, True: 0}
+    for trial in range(100):
+        # Lognormal: mean exp(1 / 2 * 1.2^2), skewness about 11.
+        values = torch.randn(40, generator=generator).double().mul(1.2).exp().tolist()
+        for studentised in covered:
+            low, high = bootstrap(values, [1] * 40, resamples=300, seed=trial, studentised=studentised)
+            covered[studentised] += low <= math.exp(0.72) <= high
+    assert covered[True] >= 86 and covered[True] > covered[False]
+    assert bootstrap([2.0, 4.0], [1, 2], studentised=True) == (2.0, 2.0)
+
+
 def test_the_interval_of_a_pass_holds_its_kl(model):
     batches = [labelled(batch=4, seed=seed) for seed in range(5)]
     measured = Meter(model, batches, *IDS).measure(HALF)

@@ -88,7 +88,7 @@ def test_a_kl_budget_gives_the_most_skip_within_it(searched):
 
 def test_the_upper_end_of_the_interval_may_be_what_stays_in_the_budget(searched):
     point = searched.find(Target(kl=0.003, kl_bound="upper"))
-    assert 0.001 < point.kl < point.kl_high <= 0.003
+    assert 0 < point.kl < point.kl_high <= 0.003
     assert point.skip <= searched.find(Target(kl=0.003)).skip
 
 
