@@ -201,8 +201,16 @@ def calibrate(
     out: OutOption,
     source: Source,
     variant: Annotated[
-        Literal["modality", "paper"], typer.Option(help="One alpha per modality, or one for both.")
+        Literal["modality", "paper", "modes-code"],
+        typer.Option(help="One alpha per modality, one for both, or what the paper's code does."),
     ] = "modality",
+    method: Annotated[
+        Literal["exact", "taylor", "taylor-gate", "taylor-loss"],
+        typer.Option(help="Every block dropped in turn, or an estimate from one pass and its gradients."),
+    ] = "exact",
+    check: Annotated[
+        int, typer.Option(min=0, help="Compare an estimate with the exact alpha of so many samples.")
+    ] = 0,
     resume: ResumeOption = None,
 ) -> None:
     """Measure alpha, the importance of every MoE layer, and write a profile that skips nothing yet.
@@ -214,7 +222,9 @@ def calibrate(
     import modes_fx
 
     loaded, processor, batches = source.load(model)
-    profile = modes_fx.calibrate(loaded, batches, processor=processor, variant=variant, resume=resume)
+    profile = modes_fx.calibrate(
+        loaded, batches, processor=processor, variant=variant, method=method, check=check, resume=resume
+    )
     _write(profile, out)
 
 
@@ -222,35 +232,67 @@ def calibrate(
 @takes(Source)
 def search(
     profile: ProfileArgument,
-    target_skip: Annotated[float, typer.Option(min=0, max=1, help="Wanted skip rate.")],
     source: Source,
+    target_skip: Annotated[
+        float | None, typer.Option(help="Wanted skip rate, at the least KL.", min=0, max=1)
+    ] = None,
+    target_kl: Annotated[
+        float | None, typer.Option(help="Or the most skip within this KL, nats per answer token.", min=0)
+    ] = None,
+    target_skip_text: Annotated[
+        float | None, typer.Option(help="Least skip rate of text tokens.", min=0, max=1)
+    ] = None,
+    target_skip_vision: Annotated[
+        float | None, typer.Option(help="Least skip rate of vision tokens.", min=0, max=1)
+    ] = None,
+    task_floor: Annotated[
+        float | None,
+        typer.Option(help="Share of its accuracy that each task must keep; see --task-column.", min=0, max=1),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write; PROFILE itself by default.")] = None,
     model: ModelOption = "demo",
     tolerance: Annotated[
         float, typer.Option(help="How far from the target the measured rate may lie.")
     ] = 0.01,
-    grid: Annotated[int, typer.Option(min=1, help="Steps of the text threshold.")] = 100,
+    method: Annotated[
+        Literal["guided", "staircase", "exhaustive"],
+        typer.Option(help="At most 30 passes, the paper's walk, or the whole grid."),
+    ] = "guided",
+    grid: Annotated[int, typer.Option(min=1, help="Thresholds of the grid per modality.")] = 100,
     exponent: Annotated[
         list[float] | None,
-        typer.Option(help="Power of alpha; of several the best by KL is kept. [default: 1, 0.5, 0.25, 0]"),
+        typer.Option(help="Power of alpha; of several the best is kept. [default: 1, 0.5, 0.25, 0]"),
     ] = None,
+    resume: ResumeOption = None,
+    frontier: Annotated[Path | None, typer.Option(help="Write every measured point to this file.")] = None,
 ) -> None:
-    """Set a profile's two thresholds so that a wanted share of the experts is skipped.
+    """Set a profile's two thresholds: the least KL at a skip rate, or the most skip within a budget.
 
     Example:  modes-fx search model.modes.json --target-skip 0.83 --model path/to/model --data q.jsonl
     """
     import modes_fx
+    from modes_fx.targets import Target
 
+    target = Target(
+        skip=target_skip,
+        kl=target_kl,
+        skip_text=target_skip_text,
+        skip_vision=target_skip_vision,
+        task_floors=task_floor,
+    )
     calibrated = modes_fx.Profile.load(profile)
     loaded, _, batches = source.load(model)
     found = modes_fx.search(
         loaded,
         batches,
         calibrated,
-        target_skip=target_skip,
+        target=target,
         tolerance=tolerance,
+        method=method,
         grid=grid,
         exponents=exponent or None,
+        resume=resume,
+        save_frontier=frontier,
     )
     _write(found, out or profile)
 

@@ -83,6 +83,17 @@ def test_search_of_several_exponents_writes_the_profile_itself(capsys, calibrate
     assert Profile.load(path).method == "modality^0.25"
 
 
+def test_search_within_a_budget_and_a_floor(capsys, calibrated, tmp_path):
+    found, frontier = tmp_path / "found.json", tmp_path / "frontier.json"
+    given = ("--target-kl", 0.01, "--target-skip-vision", 0.4, "--task-floor", 0.5, "--frontier", frontier)
+    samples = ("--samples", 13, "--grid", 4, "--exponent", 0, "--resume", tmp_path / "r.json")
+    code, _, err = run(capsys, "search", calibrated, *given, *samples, "--out", found)
+    assert code == 0, err
+    profile = Profile.load(found)
+    assert profile.kl <= 0.01 and profile.measured_skip_vision >= 0.4 and profile.measured_skip > 0.3
+    assert json.loads(frontier.read_text())
+
+
 def test_explain_names_every_layer(capsys, calibrated):
     code, out, _ = run(capsys, "explain", calibrated)
     assert code == 0
@@ -105,7 +116,7 @@ def test_no_command_prints_the_help_and_fails(capsys):
         (["show", "/"], "/: Is a directory."),
         (["search", "/nowhere/p.json", "--target-skip", "0.5"], "No such file or directory"),
         (["search", "/nowhere/p.json", "--target-skip", "1.5"], "Invalid value for '--target-skip'"),
-        (["search", "/nowhere/p.json"], "Missing option '--target-skip'"),
+        (["search", "/nowhere/p.json"], "The target asks for nothing; give a skip rate, a KL budget or"),
         (["calibrate", "/nowhere", "--out", "p.json"], "/nowhere is not a model folder"),
         (["calibrate", "demo", "--out", "p.json", "--variant", "x"], "Invalid value for '--variant'"),
         (["calibrate", "demo", "--out", "p.json", "--data", "/nowhere/b.jsonl"], "No such file"),
