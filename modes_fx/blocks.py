@@ -6,6 +6,7 @@ it is a router, which holds a matrix with a row for each expert. Most experts ar
 decorates those (integrations/moe.py) and leaves its marks on the instances.
 """
 
+import importlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -115,13 +116,14 @@ def _block(modules: dict[str, nn.Module], name: str, experts: nn.Module) -> Bloc
 
 
 def _with_values(router: nn.Module, weight: Tensor) -> Tensor:
-    """The router's weight, brought from where accelerate has put it if it is offloaded."""
+    """The router's weight, brought from where accelerate has put it, or from the processes that share it."""
+    if hasattr(weight, "full_tensor"):
+        return weight.full_tensor()  # type: ignore[no-any-return]
     for module in router.modules() if weight.is_meta else ():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter is weight and hasattr(module, "_hf_hook"):
-                from accelerate.utils import align_module_device
-
-                with align_module_device(module):
+                utils = importlib.import_module("accelerate.utils")
+                with utils.align_module_device(module):
                     return getattr(module, name).detach().clone()
     return weight
 

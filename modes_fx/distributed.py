@@ -134,8 +134,8 @@ def world_of(model: nn.Module) -> Iterator[World]:
 
 
 def _copies(model: nn.Module) -> int:
-    """Neighbouring processes that hold one model together: transformers' tensor parallelism."""
-    mesh = getattr(model, "device_mesh", None) or getattr(model, "_device_mesh", None)
+    """Neighbouring processes that hold one model together, as transformers' parallel loading sets it up."""
+    mesh = getattr(model, "_device_mesh", None)
     return 1 if mesh is None else int(mesh.size())
 
 
