@@ -250,13 +250,15 @@ def markdown(
     masses: dict[str, list[tuple[float, float, float]]],
     result: dict[str, Any],
 ) -> str:
+    text, vision = map(float, result["taus"])
     lines = [
         "# Thresholds that are moved at run time",
         "",
         "`python bench/controller.py --record`, on the demo model with a profile searched for 83 % "
-        f"(tau of text {result['taus'][0]:.5}, of vision {result['taus'][1]}). Target {100 * result['target']:.1f} %; settled half of each "
-        f"phase, a reading each {EVERY} calls; KL in nats on the first answer token. Compiled with the fixed "
-        f"thresholds: {result['graphs']} graphs; when they moved, {result['more_graphs_controlled']} more.",
+        f"(tau of text {text:.3g}, of vision {vision:.3g}). Target {100 * result['target']:.1f} %; settled "
+        f"half of each phase, a reading each {EVERY} calls; KL in nats on the first answer token. Compiled "
+        f"with the fixed thresholds: {result['graphs']} graphs; when they moved, "
+        f"{result['more_graphs_controlled']} more.",
         "",
         "| traffic | thresholds | skip rate | farthest from the target | KL |",
         "|---|---|---|---|---|",
