@@ -1,7 +1,8 @@
 """alpha by dropping: for each block, KL(original || block dropped) at the answer tokens, in nats.
 
 MoDES section 5.1, Eq. 4. The paper runs the whole model once for each block; here only what the block can
-change runs again (`modes_fx.prefix`), which gives the same bits for half the work.
+change runs again (`modes_fx.prefix`), which gives the same bits for half the work. Passes are not joined into
+one of more rows: larger batches do the same for the throughput, and leave the values as they are.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -93,7 +93,7 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str] | None, fresh: State) -> None:
         self._path = path
         self.state = fresh if path is None or not Path(path).exists() else _read(path, fresh.key)
-        self._written: State | None = None
+        self._written = self.state
         self._due = time.monotonic() + SAVE_SECONDS
 
     def __enter__(self) -> "Journal":
