@@ -59,12 +59,13 @@ class Comparison:
 
         samples = convert(demo.batches("calibration", args.calibration, batch_size=39))
         options: dict[str, Any] = {"processor": processor, "progress": False}
-        few = convert(demo.batches("calibration", min(130, args.calibration), batch_size=26))
+        few = convert(demo.batches("calibration", min(args.alpha, args.calibration), batch_size=26))
         self.profile = calibrate(self.model, few, **options)
         self.paper = calibrate(self.model, few, variant="paper", **options)
-        self.code = calibrate(self.model, few, variant="modes-code", **options)
+        if not args.few:
+            self.code = calibrate(self.model, few, variant="modes-code", **options)
         ids = (self.profile.visual_token_ids, self.profile.special_token_ids)
-        pairs, self.weights = PairRecorder(), GroupWeights(len(self.profile.layers))
+        pairs, self.weights = PairRecorder(hidden=True), GroupWeights(len(self.profile.layers))
         hidden: dict[int, torch.Tensor] = {}
 
         def observe(block: int, weights: torch.Tensor, tokens: Tokens) -> torch.Tensor:
@@ -76,9 +77,7 @@ class Comparison:
 
         self.bench = Bench(Meter(self.model, samples, *ids, observe=observe), pairs)
         self.test = Meter(self.model, convert(demo.batches("test", args.test, batch_size=65)), *ids)
-        with torch.no_grad():
-            rows = [hidden[block] for block in range(len(self.profile.layers))]
-            self.similarity = expert_similarity(self.bench.meter.blocks, rows)
+        self.hidden = [hidden[block] for block in range(len(self.profile.layers))]
 
     def policies(self) -> Iterator[Policy]:
         blocks = self.bench.meter.blocks
@@ -101,7 +100,8 @@ class Comparison:
         yield halving(top_k)
         yield reduced_k(top_k, per_block=True)
         yield reduced_k(top_k, per_block=True).renormalised()
-        yield diep(self.similarity)
+        with torch.no_grad():
+            yield diep(expert_similarity(blocks, self.hidden))
         yield mc_moe(len(blocks))
         yield dmt(scales).renormalised()
 
@@ -214,6 +214,7 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, help="folder of a model trained with --family internvl")
     parser.add_argument("--calibration", type=int, default=390, help="samples to tune on")
+    parser.add_argument("--alpha", type=int, default=130, help="of them, samples to measure alpha on")
     parser.add_argument("--test", type=int, default=1300, help="samples to measure on")
     parser.add_argument("--passes", type=int, default=24, help="over the calibration samples, per policy")
     parser.add_argument("--steps", type=int, default=36, help="of the marginal policy, a batch each")

@@ -71,15 +71,21 @@ class Tuned:
 
 
 class PairRecorder:
-    """A rule for `Meter(observe=...)` that remembers what rules decide by, of some tokens of each block."""
+    """A rule for `Meter(observe=...)` that remembers what rules decide by, of some tokens of each block.
 
-    def __init__(self) -> None:
+    Args:
+        hidden: Whether to remember what the experts are given too; only some rules ask for it, and it is big.
+    """
+
+    def __init__(self, *, hidden: bool = False) -> None:
+        self._hidden = hidden
         self._parts: dict[int, list[tuple[Tensor, Tokens]]] = {}
         self._seen: dict[int, int] = {}
 
     def __call__(self, block: int, weights: Tensor, tokens: Tokens) -> Tensor:
         if self._seen.get(block, 0) < _REMEMBERED:
-            self._parts.setdefault(block, []).append((weights.detach(), tokens))
+            known = tokens if self._hidden else replace(tokens, hidden=None)
+            self._parts.setdefault(block, []).append((weights.detach(), known))
             self._seen[block] = self._seen.get(block, 0) + int(tokens.real.sum())
         return keep_all(block, weights, tokens)
 
@@ -197,12 +203,6 @@ def _predicted(
             break
     ends = [(abs(pairs.skip(policy.rule(shape, strength)) - skip), strength) for strength in (low, high)]
     return min(ends)[1]
-
-
-def open_bench(meter_of: Callable[[Rule], Meter], bar: Bar | None = None) -> Bench:
-    """A bench around the meter that `meter_of(observe)` makes."""
-    pairs = PairRecorder()
-    return Bench(meter_of(pairs), pairs, bar or Bar())
 
 
 def skippable(tokens: Tokens) -> Tensor:

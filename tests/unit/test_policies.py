@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from modes_fx.blocks import find_blocks
 from modes_fx.calibrate import calibrate
 from modes_fx.errors import SearchError
-from modes_fx.measure import Meter, kl_sum
+from modes_fx.measure import Meter, answer_logits, evaluating, kl_sum
 from modes_fx.modality import OTHER, TEXT, VISION
 from modes_fx.policies import Bench, Policy, marginal, tune
 from modes_fx.policies.batch_aware import ExpertsRead, batch_aware, token_by_token
@@ -20,6 +21,7 @@ from modes_fx.policies.relative import ser
 from modes_fx.policies.tail import diep, expert_similarity, mc_moe, naee, tail_mass
 from modes_fx.policies.two_thresholds import dmt, gmlg, modes, plain, tempered
 from modes_fx.skipping import Rule, Tokens, block_alphas, keep_all, simulate, thresholds
+from modes_fx.skipping import skip as skipping
 from modes_fx.testing import IMAGE, SPECIAL, VIDEO, tiny_inputs, tiny_qwen3_vl_moe
 
 IDS = ((IMAGE, VIDEO), SPECIAL)
@@ -116,8 +118,6 @@ def test_diep_drops_an_expert_sooner_that_does_what_a_kept_one_does():
 
 
 def test_similarity_of_experts_is_one_for_copies(model):
-    from modes_fx.blocks import find_blocks
-
     blocks = find_blocks(model)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randn(40, blocks[0].router_weight.shape[1], generator=generator) for _ in blocks]
@@ -213,9 +213,6 @@ def test_marginal_cost_is_the_slope_of_kl_over_a_factor_on_the_weights(model, ba
         return rule(index, each, of)
 
     def kl(factor_rule: Rule) -> float:
-        from modes_fx.measure import answer_logits, evaluating
-        from modes_fx.skipping import skip as skipping
-
         with evaluating(model), skipping(model, meter.blocks, factor_rule, *IDS):
             return kl_sum(meter.original[1], answer_logits(model, batches[1]), "")
 
