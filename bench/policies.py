@@ -49,6 +49,7 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.model: Any
         self.model, processor = demo.load()
         convert: Any = list
         if args.model is not None:
@@ -200,11 +201,11 @@ def tables(record: dict[str, Any]) -> str:
     lines += ["## What alpha and the two thresholds bring (the paper's Table 4)", ""]
     lines += ["| policy | " + " | ".join(f"{rate:.0%}" for rate in RATES) + " |", "|" + "---|" * 5]
     for name in ABLATION:
-        cells = []
+        found = []
         for rate in RATES:
             row = next((r for r in rows if r["policy"] == name and r["rate"] == rate and "kl" in r), None)
-            cells.append(f"{row['kl']:.4f}, {row['accuracy']:.1%}" if row else "-")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            found.append(f"{row['kl']:.4f}, {row['accuracy']:.1%}" if row else "-")
+        lines.append(f"| {name} | " + " | ".join(found) + " |")
     return "\n".join(lines) + "\n"
 
 
