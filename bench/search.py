@@ -107,8 +107,7 @@ def compare(
 
     def add(method: str, evaluations: int, point: Point) -> None:
         numbers = {"evaluations": evaluations, "skip": point.skip, "kl": point.kl}
-        interval = {"kl_low": point.kl_low, "kl_high": point.kl_high}
-        rows.append({"what": what, "target": target, "method": method, **numbers, **interval})
+        rows.append({"what": what, "target": target, "method": method, **numbers})
 
     whole = search.tempered(1.0)  # The same alphas, nothing asked for yet.
     if band is None:
