@@ -5,12 +5,14 @@ For a small change d of the routed output y of a block, KL(original || changed) 
 the answer's distribution. With a random u whose covariance is F, drawn anew for each answer token, a backward
 pass of u gives G = J' u, and E[(G . d)^2] = (J d)' F (J d). The estimates differ in what they take for d:
 
-    taylor        any direction of the length of y, independently for each token: 1/2 sum |G|^2 |y|^2 / H
+    taylor        any direction of the length of y, for each token by itself: (sum |G| |y|)^2, summed over
+                  the tokens of all batches before it is squared, so that no few of them decide
     taylor-gate   -y, all tokens of a row at once: 1/2 (sum G . y)^2, which is what a gate on y would feel
     taylor-loss   the same gate felt by the answer's own loss, to first order: |sum G . y|, G its gradient
 
 Dropping a whole block is no small change. Where it leads has little to do with where the first step leads,
-but much with how far; so the first of them follows the exact alpha best (bench/alpha.py measures it).
+but much with how far; so the first of them follows the exact alpha best (bench/alpha.py measures it). Its
+squares token by token are swayed by few tokens, and follow it less well.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -59,6 +61,11 @@ def measure_taylor(
                 num_tokens if share.counts else 0,
             )
         )
+
+
+def finished(sums: list[list[float]], estimate: Estimate) -> list[list[float]]:
+    """The estimates that the sums over all batches stand for."""
+    return [[value**2 for value in row] for row in sums] if estimate == "taylor" else sums
 
 
 def rank_correlation(estimated: Sequence[float], exact: Sequence[float]) -> float:
@@ -123,7 +130,7 @@ class _Watched:
         self.tokens: Tokens | None = None
         self._modality: Tensor | None = None
         self._gate: Tensor | None = None
-        self._squares: Tensor | None = None
+        self._products: Tensor | None = None
 
     def forward_hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         assert self.tokens is not None
@@ -133,7 +140,7 @@ class _Watched:
             rows = output.shape[:-1].numel()
             modality = self.tokens.modality
             self._modality = modality.repeat(rows // max(1, len(modality))).to(output.device)
-            lengths = output.detach().float().square().sum(-1)
+            lengths = output.detach().float().norm(dim=-1)
             gated = output * self._gate.to(output.dtype)
             gated.register_hook(lambda grad: self._note(lengths, grad))
             return gated
@@ -141,15 +148,15 @@ class _Watched:
         return output * self._gate.to(output.dtype)
 
     def _note(self, lengths: Tensor, grad: Tensor) -> None:
-        self._squares = (lengths * grad.float().square().sum(-1)).flatten() / grad.shape[-1]
+        self._products = (lengths * grad.float().norm(dim=-1)).flatten()
 
     def sum(self, modality: int | None) -> float:
-        """The estimate, in nats, for the tokens of a modality, or (None) of text and vision both."""
-        if self._modality is None or self._gate is None or self._squares is None:
+        """What the tokens of a modality, or (None) of text and vision both, add to the estimate."""
+        if self._modality is None or self._gate is None or self._products is None:
             return 0.0  # no token came here, or nothing of it reaches an answer
         chosen = self._modality <= VISION if modality is None else self._modality == modality
         if self._estimate == "taylor":
-            return float(self._squares.double()[chosen].sum()) / 2
+            return float(self._products.double()[chosen].sum())
         assert self._gate.grad is not None
         felt = self._gate.grad.flatten().double() * chosen
         # A row answers by itself. A block that is given some tokens only is taken as one row.

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from modes_fx.alpha_exact import VARIANTS, Task, check_resumed, measure_exact
-from modes_fx.alpha_taylor import ESTIMATES, measure_taylor, rank_correlation
+from modes_fx.alpha_taylor import ESTIMATES, finished, measure_taylor, rank_correlation
 from modes_fx.batch_checks import look_through
 from modes_fx.blocks import Block, find_blocks, unwrap
 from modes_fx.calibration_state import Journal, State
@@ -133,7 +133,10 @@ def calibrate(
                     measure_exact(task, batches, journal, bar)
                 else:
                     measure_taylor(task, batches, journal, bar, how)
-            return _combine(world, journal.state)
+            state = _combine(world, journal.state)
+            if how == "exact":
+                return state
+            return dataclasses.replace(state, kl_sums=finished(state.kl_sums, how))
 
         state = measured(method, "calibrate", batches, digests, world.file(resume))
         if method != "exact" and check:
