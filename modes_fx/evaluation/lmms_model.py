@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts  # type: ignore[import-not-found]
-from lmms_eval.api.model import lmms  # type: ignore[import-not-found]
-from lmms_eval.models.registry_v2 import ModelManifest  # type: ignore[import-not-found]
-from lmms_eval.protocol import ChatMessages  # type: ignore[import-not-found]
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from lmms_eval.protocol import ChatMessages
 
 from modes_fx.evaluation.skipping import How, start_skipping
 from modes_fx.loading import load_model, load_processor

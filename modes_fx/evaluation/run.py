@@ -78,8 +78,8 @@ def _lmms_eval(
     include_path: Any,
 ) -> Evaluation:
     try:
-        from lmms_eval.evaluator import simple_evaluate  # type: ignore[import-not-found]
-        from lmms_eval.tasks import TaskManager  # type: ignore[import-not-found]
+        from lmms_eval.evaluator import simple_evaluate
+        from lmms_eval.tasks import TaskManager
     except ImportError as error:
         raise _missing("lmms-eval", error) from error
     from modes_fx.evaluation.lmms_model import SkippingModel
@@ -109,9 +109,9 @@ def _lm_eval(
     include_path: Any,
 ) -> Evaluation:
     try:
-        import lm_eval  # type: ignore[import-not-found]
-        from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
-        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise _missing("lm-eval", error) from error
 

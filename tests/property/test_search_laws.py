@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modes_fx.blocks import find_blocks
+from modes_fx.grid import threshold_at_rank
 from modes_fx.modality import OTHER, TEXT, VISION, token_modality
 from modes_fx.profile import Layer, Profile, normalise
-from modes_fx.grid import threshold_at_rank
 from modes_fx.skipping import Tokens, skip, thresholds
 from modes_fx.testing import IMAGE, SPECIAL, VIDEO, tiny_inputs, tiny_qwen3_vl_moe
 

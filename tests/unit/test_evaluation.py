@@ -126,7 +126,7 @@ def test_lmms_eval_finds_right_what_teacher_forcing_finds_right(tasks, batch_siz
 
 @needs_lmms_eval
 def test_lmms_eval_knows_the_model_by_its_entry_point():
-    from lmms_eval.models import get_model  # type: ignore[import-not-found]
+    from lmms_eval.models import get_model
 
     from modes_fx.evaluation.lmms_model import SkippingModel
 

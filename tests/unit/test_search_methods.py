@@ -58,8 +58,8 @@ def problem(
             known[taus] = Point(*taus, skip, text, vision, kl(text, vision))
         return known[taus]
 
-    grids = (scores.grid(modality, grid, "rank") for modality in (TEXT, VISION))
-    return Problem(scores, *grids, target, {}, measure, lambda: list(known.values()))
+    text_taus, vision_taus = (scores.grid(modality, grid, "rank") for modality in (TEXT, VISION))
+    return Problem(scores, text_taus, vision_taus, target, {}, measure, lambda: list(known.values()))
 
 
 def interior(text: float, vision: float) -> float:
