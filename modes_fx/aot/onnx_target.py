@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir
-import onnxruntime  # type: ignore[import-untyped,import-not-found,unused-ignore]
-import onnxscript  # type: ignore[import-not-found,unused-ignore]
+import onnxruntime
+import onnxscript
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram

@@ -13,7 +13,7 @@ all targets take the same programs. This module needs transformers; what it make
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -69,12 +69,16 @@ class TracedModel:
 
 
 class _Step(nn.Module):
-    """The model with tensors alone in its signature; called with what `names` says, in that order."""
+    """The model with tensors alone in its signature; called with what `names` says, in that order.
 
-    def __init__(self, model: Any, names: tuple[str, ...]) -> None:
+    `is_split`: the model wants the rows of its pictures as a tuple, not in one tensor.
+    """
+
+    def __init__(self, model: Any, names: Iterable[str], is_split: bool) -> None:
         super().__init__()
         self.model = model
-        self.names = names
+        self.names = tuple(names)
+        self.is_split = is_split
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         from transformers import DynamicCache
@@ -86,12 +90,24 @@ class _Step(nn.Module):
             input_ids=given["input_ids"],
             attention_mask=given["attention_mask"],
             position_ids=given["position_ids"],
-            past_key_values=DynamicCache(list(zip(past[::2], past[1::2], strict=True))),
+            past_key_values=DynamicCache(list(zip(past[::2], past[1::2], strict=True))) if past else None,
             use_cache=True,
             return_dict=True,
-            **({"mm_encoder_outputs": {"image": _as_encoder_output(features)}} if features else {}),
+            **self._pictures(features),
         )
         return (output.logits, *_cache_tensors(output.past_key_values))
+
+    def _pictures(self, features: list[Tensor]) -> dict[str, Any]:
+        """What the model would have got from its vision encoder; the inverse of `_rows`."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        if not features:
+            return {}
+        rows: list[Any] = [(each,) if self.is_split else each for each in features]
+        output = BaseModelOutputWithPooling(pooler_output=rows[0])
+        if len(rows) > 1:
+            output.deepstack_features = rows[1:]
+        return {"mm_encoder_outputs": {"image": output}}
 
 
 class _Picture(nn.Module):
@@ -132,11 +148,13 @@ def trace(model: Any, batches: Sequence[Mapping[str, Tensor]], sizes: Sizes) -> 
     example = _Example(model, batches[0], sizes)
     with torch.no_grad(), _exportable(model):
         prefill = _trace(
-            _Step(model, tuple(example.prefill)), example.prefill, _prefill_shapes(example.prefill, sizes)
+            _Step(model, example.prefill, example.is_split),
+            example.prefill,
+            _prefill_shapes(example.prefill, sizes),
         )
         outputs = prefill.outputs
         decode_inputs = example.decode(outputs)
-        step = _Step(model, tuple(decode_inputs))
+        step = _Step(model, decode_inputs, example.is_split)
         decode = _trace(step, decode_inputs, _decode_shapes(decode_inputs, sizes))
         sizes_of_pictures = _distinct_pictures(batches) if example.picture_token_id is not None else {}
         pictures = [_trace_picture(model, pixels, grid) for grid, pixels in sizes_of_pictures.items()]
@@ -175,6 +193,7 @@ class _Example:
         self.model = model
         self.merge_size: int | None = None
         self.picture_token_id: int | None = None
+        self.is_split = False
         features: list[Tensor] = []
         positions = token_positions(mask)
         if "pixel_values" in inputs:
@@ -182,7 +201,8 @@ class _Example:
             pixels = pixels.repeat(repeats, *[1] * (pixels.dim() - 1)).to(model.dtype)
             grids = None if grids is None else grids.repeat(repeats, 1)
             with torch.no_grad():
-                features = _features(model, pixels, grids)
+                output = _encode(model, pixels, grids)
+            features, self.is_split = _rows(output), not isinstance(output.pooler_output, Tensor)
             self.picture_token_id = _picture_token_id(model)
             if hasattr(_inner(model), "get_rope_index"):
                 positions = self._with_pictures(ids, mask, grids, inputs, repeats)
@@ -220,7 +240,7 @@ class _Example:
 
     def decode(self, outputs: tuple[str, ...]) -> dict[str, Tensor]:
         """One more token for each row, after the prefill."""
-        step = _Step(self.model, tuple(self.prefill))
+        step = _Step(self.model, self.prefill, self.is_split)
         results = dict(zip(outputs, step(*self.prefill.values()), strict=True))
         mask, positions = self.prefill["attention_mask"], self.prefill["position_ids"]
         return {
@@ -234,7 +254,8 @@ class _Example:
 def _trace(module: nn.Module, inputs: Mapping[str, Tensor], shapes: Any) -> Traced:
     program = torch.export.export(
         module,
-        tuple(inputs.values()),
+        # Strides are constants of a compiled program, and every call passes contiguous tensors.
+        tuple(tensor.contiguous() for tensor in inputs.values()),
         dynamic_shapes=None if shapes is None else (tuple(shapes),),
         strict=False,
         # Guards on strides that hold for every size, and that torch cannot show to.
@@ -254,7 +275,7 @@ def _trace_picture(model: Any, pixels: Tensor, grid: tuple[int, ...] | None) -> 
     from transformers.exporters.utils import apply_patches
 
     pixels = pixels.to(model.dtype)
-    wanted = _features(model, pixels, None if grid is None else torch.tensor([grid]))
+    wanted = _rows(_encode(model, pixels, None if grid is None else torch.tensor([grid])))
     module = _Picture(model, grid)
     # Attention within each picture loops over the pictures; transformers has its exporters' way around that.
     with apply_patches("dynamo"):
@@ -293,18 +314,18 @@ def _dim(name: str, size: Range) -> Any:
     return Dim.STATIC if size.min == size.max else Dim(name, min=size.min, max=size.max)
 
 
-def _features(model: Any, pixels: Tensor, grids: Tensor | None) -> list[Tensor]:
-    """What the vision encoder gives the language model: rows, `[V, H]`, and as many for each layer that is to
-    get more of them (deep-stack)."""
+def _encode(model: Any, pixels: Tensor, grids: Tensor | None) -> Any:
+    """What the model's vision encoder gives its language model."""
     if not hasattr(model, "get_image_features"):
         raise ExportError(
             f"{type(model).__name__} has no get_image_features, so its pictures cannot be exported; leave "
             "pixel_values out for a program that sees text alone."
         )
-    return _rows(model.get_image_features(pixels, **({} if grids is None else {"image_grid_thw": grids})))
+    return model.get_image_features(pixels, **({} if grids is None else {"image_grid_thw": grids}))
 
 
 def _rows(output: Any) -> list[Tensor]:
+    """Rows of all pictures, `[V, H]`, and as many for each layer that is to get more of them (deep-stack)."""
     rows = getattr(output, "pooler_output", None)
     if rows is None:
         raise ExportError(
@@ -313,16 +334,6 @@ def _rows(output: Any) -> list[Tensor]:
     found = [rows, *(getattr(output, "deepstack_features", None) or [])]
     whole = [each if isinstance(each, Tensor) else torch.cat(list(each)) for each in found]
     return [each.reshape(-1, each.shape[-1]) for each in whole]
-
-
-def _as_encoder_output(features: list[Tensor]) -> Any:
-    """The inverse of `_features`, for the model's `mm_encoder_outputs`."""
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    output = BaseModelOutputWithPooling(pooler_output=(features[0],))  # type: ignore[arg-type]
-    if len(features) > 1:
-        output.deepstack_features = [(rows,) for rows in features[1:]]
-    return output
 
 
 def _cache_tensors(cache: Any) -> list[Tensor]:

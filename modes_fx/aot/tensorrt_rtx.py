@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tensorrt_rtx as trt  # type: ignore[import-untyped,import-not-found,unused-ignore]
+import tensorrt_rtx as trt
 import torch
 from torch import Tensor
 
