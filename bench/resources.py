@@ -14,93 +14,42 @@ import os
 import subprocess
 import sys
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from layers import LAYERS, TOKENS, Layer, markdown, record, versions
+from layers import LAYERS, TOKENS, markdown, record, versions
 
-from modes_fx.kernels.gate_formula import SILU, parse
-from modes_fx.kernels.masked_moe import Call
-from modes_fx.testing.compile_only import MULTIPROCESSORS, compile_only
+from modes_fx.testing.compile_only import GPT_OSS, MULTIPROCESSORS, Experts, compile_lowering
 
-GPT_OSS = (
-    "(clamp_max(clamp_min(up, -7.0), 7.0) + 1.0) * "
-    "(clamp_max(gate, 7.0) * sigmoid(clamp_max(gate, 7.0) * 1.702))"
-)
-
-
-class Calls(NamedTuple):
-    """Calls of one kind of experts."""
-
-    layer: Layer
-    dtype: torch.dtype = torch.bfloat16
-    flags: dict[str, Any] = {}  # noqa: RUF012 - read only
-
-
-QWEN, KIMI = LAYERS
+QWEN, KIMI = (layer[1:] for layer in LAYERS)
 CALLS = {
-    "Qwen3-VL-30B-A3B": Calls(QWEN),
-    "Kimi-VL-A3B": Calls(KIMI),
-    "Qwen3-VL-30B-A3B in float32": Calls(QWEN, torch.float32),
-    "Kimi-VL-A3B in float16, renormalised": Calls(KIMI, torch.float16, {"renormalise": True}),
+    "Qwen3-VL-30B-A3B": Experts(*QWEN),
+    "Kimi-VL-A3B": Experts(*KIMI),
+    "Qwen3-VL-30B-A3B in float32": Experts(*QWEN, torch.float32),
+    "Kimi-VL-A3B in float16, renormalised": Experts(*KIMI, torch.float16, {"renormalise": True}),
     # Gate and up interleaved, transposed weights, biases, a long formula.
-    "gpt-oss-20b": Calls(
-        Layer("gpt-oss-20b", 2880, 2880, 32, 4),
+    "gpt-oss-20b": Experts(
+        *(2880, 2880, 32, 4),
         flags={"interleaved": True, "is_transposed": True, "bias": True, "activation": GPT_OSS},
     ),
     # No gate as in Nemotron 3, weights on the input as in Llama 4.
-    "no gate, weights on the input": Calls(
-        Layer("", 2688, 1856, 128, 6), flags={"activation": "square(relu(x))", "weights_on_input": True}
+    "no gate, weights on the input": Experts(
+        *(2688, 1856, 128, 6), flags={"activation": "square(relu(x))", "weights_on_input": True}
     ),
     # Unaligned sizes: loads go through registers.
-    "odd sizes": Calls(
-        Layer("", 100, 50, 7, 3), torch.float16, {"activation": "gelu(gate) * up", "bias": True}
-    ),
+    "odd sizes": Experts(100, 50, 7, 3, torch.float16, {"activation": "gelu(gate) * up", "bias": True}),
 }
 ROUTED = (*TOKENS, 16384)  # numbers of tokens; the launcher chooses tiles by them
 
 
-def meta_call(calls: Calls, tokens: int) -> Call:
-    def meta(*shape: int, dtype: torch.dtype = calls.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    _, H, I, E, K = calls.layer
-    flags = dict(calls.flags)
-    bias, transposed = flags.pop("bias", False), flags.get("is_transposed", False)
-    rows = I * len(parse(flags.get("activation", SILU)).variables)
-    return Call(
-        meta(tokens, H),
-        meta(tokens, K, dtype=torch.float32),
-        meta(tokens, K),
-        meta(tokens, K, dtype=torch.int64),
-        meta(tokens, dtype=torch.uint8),
-        meta(E, H, rows) if transposed else meta(E, rows, H),
-        meta(E, I, H) if transposed else meta(E, H, I),
-        meta(E, rows) if bias else None,
-        meta(E, H) if bias else None,
-        alpha_text=0.5,
-        alpha_vision=0.25,
-        tau_text=0.1,
-        tau_vision=0.2,
-        **flags,
-    )
-
-
 def compile_here(arch: int, names: list[str]) -> list[dict[str, Any]]:
     """Each kernel compiled for one architecture, with the calls that launch it."""
-    from unittest.mock import patch
-
-    from modes_fx.kernels import _masked_moe_triton as lowering
-
     warnings.filterwarnings("ignore", category=UserWarning, module="triton")
     rows: dict[str, dict[str, Any]] = {}
-    # The launcher has tiles for each architecture, and asks the device, which is none here.
-    with patch.object(lowering, "architecture", lambda device: arch), compile_only(arch) as launched:
+    with compile_lowering(arch) as launch:
         for name in names:
             for tokens in ROUTED:
-                launched.clear()
-                lowering.masked_moe_triton(meta_call(CALLS[name], tokens))
-                for kernel in launched:
+                for kernel in launch(CALLS[name], tokens):
                     made = {"arch": arch, **vars(kernel), "used_by": {}}
                     made |= {"tensor_cores": kernel.tensor_cores, "spills": kernel.spills}
                     del made["opcodes"]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modes_fx.kernels.gate_formula import SILU, parse
 from modes_fx.kernels.masked_moe import OTHER, TEXT, VISION, Call, reference
+from modes_fx.testing.compile_only import GPT_OSS
 
 
 class Case(NamedTuple):
@@ -57,10 +58,6 @@ CASES = [
     Case("H and I past one tile", hidden=72, intermediate=68),
 ]
 
-GPT_OSS = (
-    "(clamp_max(clamp_min(up, -7.0), 7.0) + 1.0) * "
-    "(clamp_max(gate, 7.0) * sigmoid(clamp_max(gate, 7.0) * 1.702))"
-)
 # What differs between families, as arguments of `make_problem`.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "gelu": {"activation": "gelu(gate) * up"},

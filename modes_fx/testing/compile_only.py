@@ -1,7 +1,7 @@
 """Triton kernels compiled for GPUs that are not here, and what of such a GPU they would occupy.
 
-    with compile_only(90) as kernels:
-        masked_moe_triton(call)            # on meta tensors; compiles what it launches, and launches nothing
+    with compile_lowering(90) as launch:
+        kernels = launch(Experts(2048, 768, 128, 8), tokens=4096)    # compiles them, and launches nothing
     kernels[0].name, kernels[0].registers, kernels[0].stack, kernels[0].tensor_cores, ...
 
 Needs compiled Triton (TRITON_INTERPRET unset or 0), which decides once per process. The assembler and the
@@ -12,11 +12,39 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+
+from modes_fx.kernels.gate_formula import SILU, parse
+from modes_fx.kernels.masked_moe import Call
+
+GPT_OSS = (
+    "(clamp_max(clamp_min(up, -7.0), 7.0) + 1.0) * "
+    "(clamp_max(gate, 7.0) * sigmoid(clamp_max(gate, 7.0) * 1.702))"
+)
+
+
+class Experts(NamedTuple):
+    """The routed experts of one layer.
+
+    Attributes:
+        slots: Experts that a token is sent to.
+        flags: Of the op; and `bias`, whether both products have one, and `mask`, which is True unless given,
+            whether the modality of the tokens is known.
+    """
+
+    hidden: int
+    intermediate: int
+    experts: int
+    slots: int
+    dtype: torch.dtype = torch.bfloat16
+    flags: Mapping[str, Any] = {}
 
 
 class Multiprocessor(NamedTuple):
@@ -150,6 +178,53 @@ def compile_only(arch: int) -> Iterator[list[Kernel]]:
     finally:
         JITFunction.run = run
         driver._active = before
+
+
+@contextmanager
+def compile_lowering(arch: int) -> Iterator[Callable[[Experts, int], list[Kernel]]]:
+    """`launch(experts, tokens)` compiles for `sm_ARCH` what a call of the op launches: one `Kernel` each."""
+    from modes_fx.kernels import _masked_moe_triton as lowering
+
+    # The launcher has tiles for each architecture, and asks the device, which is none here.
+    with patch.object(lowering, "architecture", lambda device: arch), compile_only(arch) as launched:
+
+        def launch(experts: Experts, tokens: int) -> list[Kernel]:
+            launched.clear()
+            call = meta_call(experts, tokens)
+            call.check()
+            lowering.masked_moe_triton(call)
+            return list(launched)
+
+        yield launch
+
+
+def meta_call(experts: Experts, tokens: int) -> Call:
+    """A call of the op on meta tensors, which have shapes and dtypes alone."""
+
+    def meta(*shape: int, dtype: torch.dtype = experts.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    H, I, E, K = experts[:4]
+    flags = dict(experts.flags)
+    bias, mask = flags.pop("bias", False), flags.pop("mask", True)
+    transposed = flags.get("is_transposed", False)
+    rows = I * len(parse(flags.get("activation", SILU)).variables)
+    return Call(
+        meta(tokens, H),
+        meta(tokens, K, dtype=torch.float32),
+        meta(tokens, K),
+        meta(tokens, K, dtype=torch.int64),
+        meta(tokens, dtype=torch.uint8) if mask else None,
+        meta(E, H, rows) if transposed else meta(E, rows, H),
+        meta(E, I, H) if transposed else meta(E, H, I),
+        meta(E, rows) if bias else None,
+        meta(E, H) if bias else None,
+        alpha_text=0.5,
+        alpha_vision=0.25,
+        tau_text=0.1,
+        tau_vision=0.2,
+        **flags,
+    )
 
 
 def _constants(function: Any, args: Any, kwargs: Any) -> dict[str, Any]:

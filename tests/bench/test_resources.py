@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from resources import CALLS, meta_call, report, table_row
+from resources import CALLS, report, table_row
 
-from modes_fx.testing.compile_only import compile_only, occupancy
+from modes_fx.testing.compile_only import compile_only, meta_call, occupancy
 
 
 @pytest.mark.parametrize(
