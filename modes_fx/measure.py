@@ -144,7 +144,8 @@ def bootstrap(
         low = high = ratio
     else:
         # A draw of equal samples has no error to measure a distance in.
-        far, near = np.quantile(((ratios - ratio) / errors)[errors > 0], quantiles)[::-1]
+        certain = errors > 0
+        far, near = np.quantile((ratios - ratio)[certain] / errors[certain], quantiles)[::-1]
         low, high = ratio - far * error, ratio - near * error
     return float(low), float(high)
 

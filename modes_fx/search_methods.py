@@ -130,9 +130,6 @@ class _Guided:
             rate: scores.predict(rate, problem.text[:, None], problem.vision[None]).flatten()
             for rate in {*problem.target.rates, "skip"}
         }
-        self._index = [
-            {float(tau): i for i, tau in enumerate(taus)} for taus in (problem.text, problem.vision)
-        ]
 
     @property
     def count(self) -> int:
@@ -187,10 +184,11 @@ class _Guided:
             worst, worth = max(costs), _WORTH_KL
         allowed = (cost for point, cost in zip(points, costs, strict=True) if problem.allowed(point))
         gain = likely * expected_improvement(min(allowed, default=worst), expected, deviation)
-        for point in points:
-            text, vision = self._index[TEXT].get(point.tau_text), self._index[VISION].get(point.tau_vision)
-            if text is not None and vision is not None:
-                gain[text * len(problem.vision) + vision] = 0.0
+        # All of them, also those too old for the surfaces: measuring one again would tell nothing, forever.
+        square = gain.view(len(problem.text), len(problem.vision))
+        for point in problem.known():
+            # Equal scores give equal thresholds, so a point can have several places.
+            square[(problem.text == point.tau_text).outer(problem.vision == point.tau_vision)] = 0.0
         place = int(gain.argmax())
         return divmod(place, len(problem.vision)) if gain[place] > worth else None
 

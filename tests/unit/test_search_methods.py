@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -101,6 +102,23 @@ def test_guided_finds_the_most_skip_within_a_budget():
     left = led.best()
     assert left is not None and left.kl <= 0.05 and left.skip >= found.skip
     assert len(led.known()) <= 36
+
+
+def test_a_place_that_was_measured_long_ago_is_not_tried_forever(monkeypatch):
+    """As by an earlier search for another target, with more points since than the surfaces are made of."""
+    monkeypatch.setattr("modes_fx.search_methods._MEMORY", 3)
+    whole = problem(Target(kl=0.05), interior, grid=10)
+    for place in reversed(range(len(whole.text) * len(whole.vision))):
+        whole.at(*divmod(place, len(whole.vision)))
+    asked: list[Point] = []
+
+    def counted(tau_text: float, tau_vision: float) -> Point:
+        asked.append(whole.measure(tau_text, tau_vision))
+        assert len(asked) < 50, "it goes round in a circle"
+        return asked[-1]
+
+    guided(replace(whole, measure=counted), 5)
+    assert len(whole.known()) == len(whole.text) * len(whole.vision)
 
 
 def dip(text: float, vision: float) -> float:
