@@ -12,6 +12,7 @@ NAMES = [
     "drop_modality",
     "delete_experts",
     "narrow_slots",
+    "count_dropped",
     "drop_dead_code",
 ]
 
