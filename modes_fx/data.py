@@ -4,7 +4,7 @@
     batches = ChatBatches(rows, processor, samples=1024, seed=0)
     profile = modes_fx.calibrate(model, batches, processor=processor)
 
-JSON and JSON Lines files are read without further ado; all else needs `pip install 'modes-fx[data]'`.
+JSON and JSON Lines files are read without further ado; all else needs `pip install datasets`.
 """
 
 import string

@@ -47,7 +47,7 @@ def load_rows(source: str | os.PathLike[str], *, name: str | None = None, split:
         import datasets  # type: ignore[import-not-found]
     except ImportError:
         raise ModesError(
-            f"Reading {os.fspath(source)} needs the datasets library: pip install 'modes-fx[data]'. "
+            f"Reading {os.fspath(source)} needs the datasets library: pip install datasets. "
             "Files of JSON Lines are read without it."
         ) from None
     try:

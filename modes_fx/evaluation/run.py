@@ -140,7 +140,13 @@ def _folder(include_path: Any) -> str | None:
 
 
 def _missing(harness: str, error: ImportError) -> ModesError:
-    return ModesError(f"{harness} cannot be imported ({error}): pip install 'modes-fx[evaluation]'.")
+    cures = {
+        "lm-eval": "pip install lm-eval accelerate",
+        # It requires torchvision, whose build for CUDA cannot be imported beside a CPU build of torch.
+        "lmms-eval": "pip install lmms-eval; beside a CPU build of torch, pip install lm-eval accelerate "
+        "loguru tenacity, then pip install --no-deps lmms-eval",
+    }
+    return ModesError(f"{harness} cannot be imported ({error}): {cures[harness]}.")
 
 
 def _check_tasks(tasks: Sequence[str], known: Sequence[str], harness: str) -> None:

@@ -144,7 +144,7 @@ def test_a_json_list_is_the_same_as_lines(shipped):
 
 @pytest.mark.parametrize("kind", ["parquet", "pictures", "saved", "hidden list"])
 def test_data_sets_give_what_the_file_gives(shipped, tmp_path, kind):
-    datasets = pytest.importorskip("datasets", reason="pip install 'modes-fx[data]'")
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
     folder, batch = shipped
     _, processor = demo.load()
     rows = load_rows(folder / "questions.jsonl")
@@ -393,7 +393,7 @@ def test_json_that_cannot_be_used_is_refused_with_its_place(tmp_path, name, text
 def test_what_is_not_there_and_what_leaves_a_choice_is_refused(tmp_path):
     with pytest.raises(ModesError, match="there is no such data set"):
         load_rows(tmp_path / "a.parquet")
-    datasets = pytest.importorskip("datasets", reason="pip install 'modes-fx[data]'")
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
     table = datasets.Dataset.from_list([{"question": "q", "answer": "a"}])
     datasets.DatasetDict({"train": table, "val": table}).save_to_disk(tmp_path / "saved")
     with pytest.raises(ModesError, match=r"Choose a split: .*saved has train, val"):

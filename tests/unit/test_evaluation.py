@@ -23,7 +23,7 @@ needs_lmms_eval = pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed; see README"
 )
 needs_lm_eval = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="pip install 'modes-fx[evaluation]'"
+    importlib.util.find_spec("lm_eval") is None, reason="pip install lm-eval accelerate"
 )
 NUM_QUESTIONS = 13
 
@@ -201,7 +201,7 @@ def test_unknown_tasks_and_folders_are_refused_before_anything_runs(tasks):
 def test_a_missing_harness_is_named(monkeypatch, harness, package):
     for name in (package, f"{package}.tasks"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ModesError, match=f"{harness} cannot be imported .*: pip install"):
+    with pytest.raises(ModesError, match=f"{harness} cannot be imported .*: pip install {harness}"):
         evaluate(None, None, ["gqa"], harness=harness)
 
 
