@@ -29,9 +29,9 @@ from machine import machine, versions
 from torch.utils.flop_counter import FlopCounterMode
 
 from modes_fx import Profile, calibrate, demo
-from modes_fx.alpha_exact import VARIANTS
-from modes_fx.alpha_taylor import ESTIMATES, rank_correlation
 from modes_fx.blocks import find_blocks
+from modes_fx.calibration.alpha_exact import VARIANTS
+from modes_fx.calibration.alpha_taylor import ESTIMATES, rank_correlation
 from modes_fx.measure import answer_logits, evaluating
 from modes_fx.profile import write_atomically
 from modes_fx.testing import SPECIAL, tiny_inputs, tiny_qwen3_vl_moe

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from modes_fx import demo
-from modes_fx.calibrate import token_ids
+from modes_fx.calibration.calibrate import token_ids
 from modes_fx.measure import Measured, Meter
 from modes_fx.policies import Policy
 from modes_fx.policies.batch_aware import ExpertsRead, batch_aware, token_by_token

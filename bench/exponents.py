@@ -10,8 +10,8 @@ import argparse
 
 from modes_fx import calibrate, demo
 from modes_fx.measure import Meter
-from modes_fx.search import EXPONENTS, ThresholdSearch
 from modes_fx.skipping import block_alphas, thresholds
+from modes_fx.threshold_search.search import EXPONENTS, ThresholdSearch
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from modes_fx import demo
 from modes_fx.blocks import find_blocks
-from modes_fx.calibrate import token_ids
+from modes_fx.calibration.calibrate import token_ids
 from modes_fx.profile import Layer, Profile, fingerprint
 from modes_fx.skipping import Tokens, keep_all, skip
 

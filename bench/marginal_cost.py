@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from modes_fx import demo
-from modes_fx.calibrate import calibrate
+from modes_fx.calibration.calibrate import calibrate
 from modes_fx.measure import Meter
 from modes_fx.modality import MODALITY_NAMES, TEXT, VISION
 from modes_fx.policies.equal_cost import Found, GroupWeights, marginal_costs, tune_marginal

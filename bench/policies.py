@@ -24,7 +24,7 @@ from demo_internvl import for_internvl
 from demo_internvl import load as load_internvl
 
 from modes_fx import demo
-from modes_fx.calibrate import calibrate
+from modes_fx.calibration.calibrate import calibrate
 from modes_fx.errors import SearchError
 from modes_fx.measure import Measured, Meter, bootstrap
 from modes_fx.modality import TEXT, VISION

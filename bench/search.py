@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 from modes_fx import calibrate, demo
-from modes_fx.calibrate import library_versions
+from modes_fx.calibration.calibrate import library_versions
 from modes_fx.modality import TEXT, VISION
-from modes_fx.points import Point
 from modes_fx.profile import Profile, write_atomically
-from modes_fx.search import ThresholdSearch
 from modes_fx.testing import SPECIAL, tiny_inputs, tiny_qwen3_vl_moe
+from modes_fx.threshold_search.points import Point
+from modes_fx.threshold_search.search import ThresholdSearch
 
 GRID = 100
 RESULTS = Path(__file__).parent / "results"

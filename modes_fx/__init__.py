@@ -8,7 +8,7 @@ from modes_fx.attach import Attached as Attached
 from modes_fx.attach import attach as attach
 from modes_fx.backend import Backend as Backend
 from modes_fx.backend import backend as backend
-from modes_fx.calibrate import calibrate as calibrate
+from modes_fx.calibration.calibrate import calibrate as calibrate
 from modes_fx.controller import Controller as Controller
 from modes_fx.errors import ExportError as ExportError
 from modes_fx.errors import ModesError as ModesError
@@ -17,9 +17,9 @@ from modes_fx.errors import RewriteError as RewriteError
 from modes_fx.errors import SearchError as SearchError
 from modes_fx.explain import explain as explain
 from modes_fx.exported import rewrite as rewrite
-from modes_fx.points import Frontier as Frontier
 from modes_fx.profile import Layer as Layer
 from modes_fx.profile import Profile as Profile
-from modes_fx.search import frontier as frontier
-from modes_fx.search import search as search
-from modes_fx.targets import Target as Target
+from modes_fx.threshold_search.points import Frontier as Frontier
+from modes_fx.threshold_search.search import frontier as frontier
+from modes_fx.threshold_search.search import search as search
+from modes_fx.threshold_search.targets import Target as Target

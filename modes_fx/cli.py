@@ -58,12 +58,12 @@ class Loading:
     ] = False
 
     def processor(self, model: str) -> Any:
-        from modes_fx.loading import load_processor
+        from modes_fx.data.loading import load_processor
 
         return load_processor(model, trust_remote_code=self.trust_remote_code)
 
     def model(self, model: str) -> Any:
-        from modes_fx.loading import load_model
+        from modes_fx.data.loading import load_model
 
         return load_model(
             model, dtype=self.dtype, device_map=self.device_map, trust_remote_code=self.trust_remote_code
@@ -271,7 +271,7 @@ def search(
     Example:  modes-fx search model.modes.json --target-skip 0.83 --model path/to/model --data q.jsonl
     """
     import modes_fx
-    from modes_fx.targets import Target
+    from modes_fx.threshold_search.targets import Target
 
     target = Target(
         skip=target_skip,

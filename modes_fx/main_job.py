@@ -21,16 +21,16 @@ from torch import nn
 
 import modes_fx
 from modes_fx import demo
-from modes_fx.calibrate import calibrate, library_versions
+from modes_fx.calibration.calibrate import calibrate, library_versions
 from modes_fx.measure import Measured, Meter
 from modes_fx.modality import TEXT, VISION
 from modes_fx.plots import plot_alpha, plot_frontier, plot_skip
 from modes_fx.policies import reduce_k
 from modes_fx.profile import Profile, write_atomically
 from modes_fx.progress import progress_bar
-from modes_fx.search import Point, ThresholdSearch, apply, choose_exponent
 from modes_fx.skipping import Counts, block_alphas, simulate, thresholds
 from modes_fx.tables import print_results
+from modes_fx.threshold_search.search import Point, ThresholdSearch, apply, choose_exponent
 from modes_fx.timing import decode_ms, one_thread, prefill_ms
 
 # Skip rates of the policy table; the paper's tables have these for eight experts per token.

@@ -16,15 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modes_fx.batches import IGNORED as IGNORED
-from modes_fx.batches import NOT_INPUTS, changed, survey, token_phase
-from modes_fx.batches import Batch as Batch
-from modes_fx.batches import batch_digest as batch_digest
-from modes_fx.batches import check_batches as check_batches
-from modes_fx.batches import checked_labels as checked_labels
-from modes_fx.batches import no_answers as no_answers
+from modes_fx.batches import (
+    IGNORED,
+    NOT_INPUTS,
+    Batch,
+    batch_digest,
+    changed,
+    check_batches,
+    checked_labels,
+    survey,
+    token_phase,
+)
 from modes_fx.blocks import find_blocks, unwrap
-from modes_fx.encoder_memory import EncoderMemory as EncoderMemory
+from modes_fx.encoder_memory import EncoderMemory
 from modes_fx.errors import ModesError
 from modes_fx.modality import MODALITY_NAMES, TEXT, VISION
 from modes_fx.progress import Bar

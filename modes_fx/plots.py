@@ -9,8 +9,8 @@ from modes_fx.modality import TEXT, VISION
 from modes_fx.profile import Profile
 
 if TYPE_CHECKING:
-    from modes_fx.search import Point
     from modes_fx.skipping import Counts
+    from modes_fx.threshold_search.search import Point
 
 _TEXT, _VISION = "#3b6fb6", "#d9812b"
 

@@ -12,8 +12,8 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 
+from modes_fx.data.loading import load_model, load_processor
 from modes_fx.evaluation.skipping import How, start_skipping
-from modes_fx.loading import load_model, load_processor
 from modes_fx.progress import progress_bar
 from modes_fx.skipping import Counts
 

@@ -22,8 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from modes_fx.batches import Batch
 from modes_fx.blocks import find_blocks
-from modes_fx.measure import Batch, Measured, Meter, answer_logits, evaluating
+from modes_fx.measure import Measured, Meter, answer_logits, evaluating
 from modes_fx.modality import TEXT, VISION
 from modes_fx.policies.policy import Bench, PairRecorder, tune
 from modes_fx.policies.two_thresholds import tempered

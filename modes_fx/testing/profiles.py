@@ -3,7 +3,7 @@
 from typing import Any
 
 from modes_fx.blocks import find_blocks
-from modes_fx.calibrate import token_ids
+from modes_fx.calibration.calibrate import token_ids
 from modes_fx.profile import Layer, Profile, fingerprint
 from modes_fx.testing.tokens import SPECIAL
 

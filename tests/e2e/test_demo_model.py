@@ -8,7 +8,7 @@ import torch
 
 import modes_fx
 from modes_fx import demo
-from modes_fx.calibrate import token_ids
+from modes_fx.calibration.calibrate import token_ids
 from modes_fx.testing import tiny_profile
 
 ATOL = 1e-4

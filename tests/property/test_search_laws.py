@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modes_fx.blocks import find_blocks
-from modes_fx.grid import threshold_at_rank
 from modes_fx.modality import OTHER, TEXT, VISION, token_modality
 from modes_fx.profile import Layer, Profile, normalise
 from modes_fx.skipping import Tokens, skip, thresholds
 from modes_fx.testing import IMAGE, SPECIAL, VIDEO, tiny_inputs, tiny_qwen3_vl_moe
+from modes_fx.threshold_search.grid import threshold_at_rank
 
 alphas = st.floats(0, 1e6, allow_nan=False)
 taus = st.one_of(st.floats(0, 10), st.just(math.inf))

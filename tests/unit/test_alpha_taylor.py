@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from modes_fx.alpha_exact import VARIANTS, Task
-from modes_fx.alpha_taylor import ESTIMATES, _cotangent, measure_taylor, rank_correlation
+from modes_fx.batches import batch_digest
 from modes_fx.blocks import find_blocks
-from modes_fx.calibrate import calibrate
-from modes_fx.calibration_state import Journal, State
-from modes_fx.distributed import Share
+from modes_fx.calibration.alpha_exact import VARIANTS, Task
+from modes_fx.calibration.alpha_taylor import ESTIMATES, _cotangent, measure_taylor, rank_correlation
+from modes_fx.calibration.calibrate import calibrate
+from modes_fx.calibration.distributed import Share
+from modes_fx.calibration.state import Journal, State
 from modes_fx.errors import ModesError
-from modes_fx.measure import answer_logits, batch_digest, evaluating
+from modes_fx.measure import answer_logits, evaluating
 from modes_fx.modality import TEXT, VISION, token_modality
 from modes_fx.profile import Profile
 from modes_fx.progress import Bar

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modes_fx.calibrate import calibrate
+from modes_fx.calibration.calibrate import calibrate
 from modes_fx.errors import ModesError
 from modes_fx.modality import OTHER, TEXT, VISION, token_modality
 from modes_fx.profile import Profile

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from modes_fx.calibrate import calibrate
+from modes_fx.calibration.calibrate import calibrate
 from modes_fx.errors import ModesError
 from modes_fx.testing import FAMILIES, SPECIAL, VOCABULARY, tiny_inputs, tiny_qwen3_vl_moe
 

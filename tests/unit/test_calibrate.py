@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from modes_fx.blocks import find_blocks
-from modes_fx.calibrate import calibrate, token_ids
+from modes_fx.calibration.calibrate import calibrate, token_ids
+from modes_fx.calibration.weight_scale import weight_scale
+from modes_fx.encoder_memory import EncoderMemory
 from modes_fx.errors import ModesError, ProfileError
-from modes_fx.measure import EncoderMemory, Meter, answer_logits
+from modes_fx.measure import Meter, answer_logits
 from modes_fx.modality import OTHER, TEXT, VISION, token_modality
 from modes_fx.profile import Profile, fingerprint
 from modes_fx.skipping import drop_block, keep_all, skip, thresholds
 from modes_fx.testing import IMAGE, PAD, SPECIAL, VIDEO, tiny_inputs, tiny_qwen3_vl_moe
-from modes_fx.weight_scale import weight_scale
 
 IDS = ((IMAGE, VIDEO), SPECIAL)
 
@@ -269,7 +270,7 @@ def test_a_killed_run_resumes_and_gives_the_same_bytes(tmp_path, model, batches,
         calibrate(model, KilledAt(batches, at), special_token_ids=SPECIAL, progress=False, resume=resume)
     assert len(json.loads(resume.read_text())["batches"]) == at
     measured: list[str] = []
-    exact = importlib.import_module("modes_fx.alpha_exact")
+    exact = importlib.import_module("modes_fx.calibration.alpha_exact")
     kl_sum = exact.kl_sum
     monkeypatch.setattr(exact, "kl_sum", lambda *args: measured.append(args[-1]) or kl_sum(*args))
     again = calibrate(model, batches, special_token_ids=SPECIAL, progress=False, resume=resume)
@@ -282,7 +283,7 @@ def test_a_killed_run_resumes_and_gives_the_same_bytes(tmp_path, model, batches,
 def test_a_run_killed_within_a_batch_resumes_within_it(tmp_path, model, batches, calibrated, monkeypatch):
     resume = tmp_path / "resume.json"
     calls = 0
-    module = importlib.import_module("modes_fx.alpha_exact")
+    module = importlib.import_module("modes_fx.calibration.alpha_exact")
     kl_sum = module.kl_sum
 
     def dies(*args: Any) -> float:

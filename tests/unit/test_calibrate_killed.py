@@ -16,10 +16,11 @@ import torch
 
 torch.set_num_threads(1)
 
-from modes_fx import calibrate, calibration_state
+from modes_fx import calibrate
+from modes_fx.calibration import state
 from modes_fx.testing import SPECIAL, tiny_inputs, tiny_qwen3_vl_moe
 
-calibration_state.SAVE_SECONDS = 0.0
+state.SAVE_SECONDS = 0.0
 folder = pathlib.Path(sys.argv[1])
 model = tiny_qwen3_vl_moe(num_layers=2)
 batches = []

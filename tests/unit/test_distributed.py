@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from modes_fx.distributed import World
+from modes_fx.calibration.distributed import World
 from modes_fx.profile import Profile
 
 

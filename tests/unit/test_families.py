@@ -9,10 +9,10 @@ import transformers
 from torch import Tensor, nn
 
 from modes_fx.blocks import Block, find_blocks
+from modes_fx.calibration.weight_scale import weight_scale
 from modes_fx.errors import ModesError
 from modes_fx.testing import FAMILIES, SPECIAL, VISION_END, VISION_START, Family, set_experts, tiny_profile
 from modes_fx.testing.families import UNBUILDABLE, UNSTACKED
-from modes_fx.weight_scale import weight_scale
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

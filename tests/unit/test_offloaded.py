@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from modes_fx.calibrate import calibrate
+from modes_fx.calibration.calibrate import calibrate
 from modes_fx.profile import Profile
 from modes_fx.testing import SPECIAL, tiny_inputs, tiny_qwen3_vl_moe
 

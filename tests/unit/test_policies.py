@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modes_fx.blocks import find_blocks
-from modes_fx.calibrate import calibrate
+from modes_fx.calibration.calibrate import calibrate
 from modes_fx.errors import SearchError
 from modes_fx.measure import Meter, answer_logits, evaluating, kl_sum
 from modes_fx.modality import OTHER, TEXT, VISION

@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from modes_fx.blocks import find_blocks
-from modes_fx.calibrate import calibrate
+from modes_fx.calibration.calibrate import calibrate
 from modes_fx.errors import ProfileError, SearchError
-from modes_fx.grid import Scores
 from modes_fx.measure import Measured, Meter, WeightRecorder
 from modes_fx.modality import OTHER, TEXT, VISION, token_modality
 from modes_fx.policies import keep_per_block, reduce_k, reduce_k_rule
 from modes_fx.profile import Profile
 from modes_fx.progress import Bar
-from modes_fx.search import ThresholdSearch, frontier, search, threshold_at_rank
-from modes_fx.search_journal import Journal
 from modes_fx.skipping import Counts, Tokens, keep_all, simulate
 from modes_fx.testing import FAMILIES, IMAGE, SPECIAL, VIDEO, tiny_inputs, tiny_qwen3_vl_moe
+from modes_fx.threshold_search.grid import Scores
+from modes_fx.threshold_search.journal import Journal
+from modes_fx.threshold_search.search import ThresholdSearch, frontier, search, threshold_at_rank
 
 IDS = ((IMAGE, VIDEO), SPECIAL)
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from modes_fx import search_journal
-from modes_fx.calibrate import calibrate
+from modes_fx.calibration.calibrate import calibrate
 from modes_fx.errors import SearchError
 from modes_fx.profile import Profile
-from modes_fx.search import ThresholdSearch, search
 from modes_fx.testing import SPECIAL, tiny_inputs, tiny_qwen3_vl_moe
+from modes_fx.threshold_search import journal
+from modes_fx.threshold_search.search import ThresholdSearch, search
 
 # Forked from one process that has imported everything; a child is killed at a random one of the calls and
 # returns of its Python code, so also between any two steps of writing its file.
@@ -25,10 +25,11 @@ import torch
 
 torch.set_num_threads(1)
 
-from modes_fx import calibrate, search, search_journal
+from modes_fx import calibrate, search
+from modes_fx.threshold_search import journal
 from modes_fx.testing import SPECIAL, tiny_inputs, tiny_qwen3_vl_moe
 
-search_journal.SAVE_SECONDS = 0.0
+journal.SAVE_SECONDS = 0.0
 folder = pathlib.Path(sys.argv[1])
 model = tiny_qwen3_vl_moe(num_layers=1)
 batches = []
@@ -157,7 +158,7 @@ def test_what_is_in_the_file_is_not_measured_again(model, batches, calibrated, t
 
 
 def test_a_pass_is_kept_after_a_while_and_goes_on(model, batches, calibrated, tmp_path, monkeypatch):
-    monkeypatch.setattr(search_journal, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(journal, "SAVE_SECONDS", 0.0)
     path = tmp_path / "r.json"
     whole = ThresholdSearch(model, batches, calibrated).measure(0.2, 0.2)
     killed = ThresholdSearch(model, batches, calibrated, resume=path)

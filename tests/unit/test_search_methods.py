@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from modes_fx.errors import SearchError
-from modes_fx.grid import Scores, paper_thresholds
 from modes_fx.measure import WeightRecorder
 from modes_fx.modality import TEXT, VISION
-from modes_fx.points import Point
-from modes_fx.search_methods import Problem, exhaustive, guided, refine, staircase
 from modes_fx.skipping import DECODE, NO_PHASE, PREFILL, Counts, Tokens, thresholds
-from modes_fx.surface import Surface, expected_improvement
-from modes_fx.targets import Target
+from modes_fx.threshold_search.grid import Scores, paper_thresholds
+from modes_fx.threshold_search.methods import Problem, exhaustive, guided, refine, staircase
+from modes_fx.threshold_search.points import Point
+from modes_fx.threshold_search.surface import Surface, expected_improvement
+from modes_fx.threshold_search.targets import Target
 
 PAIRS = {TEXT: 3000, VISION: 7000}
 
@@ -106,7 +106,7 @@ def test_guided_finds_the_most_skip_within_a_budget():
 
 def test_a_place_that_was_measured_long_ago_is_not_tried_forever(monkeypatch):
     """As by an earlier search for another target, with more points since than the surfaces are made of."""
-    monkeypatch.setattr("modes_fx.search_methods._MEMORY", 3)
+    monkeypatch.setattr("modes_fx.threshold_search.methods._MEMORY", 3)
     whole = problem(Target(kl=0.05), interior, grid=10)
     for place in reversed(range(len(whole.text) * len(whole.vision))):
         whole.at(*divmod(place, len(whole.vision)))

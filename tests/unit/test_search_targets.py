@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from modes_fx.calibrate import calibrate
+from modes_fx.calibration.calibrate import calibrate
 from modes_fx.errors import SearchError
-from modes_fx.points import Frontier, Point
 from modes_fx.profile import Profile
-from modes_fx.search import ThresholdSearch, search
-from modes_fx.targets import Target
 from modes_fx.testing import SPECIAL, tiny_inputs, tiny_qwen3_vl_moe
+from modes_fx.threshold_search.points import Frontier, Point
+from modes_fx.threshold_search.search import ThresholdSearch, search
+from modes_fx.threshold_search.targets import Target
 
 
 def labelled(answer: int = 5, **given: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from modes_fx.blocks import find_blocks
-from modes_fx.calibrate import calibrate
+from modes_fx.calibration.calibrate import calibrate
 from modes_fx.call_rows import Enclosing, enclosing_modules, values_of_rows
 from modes_fx.errors import ModesError
 from modes_fx.kernels.masked_moe import keep_mask

@@ -16,14 +16,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from modes_fx.alpha_exact import VARIANTS, Task, check_resumed, measure_exact
-from modes_fx.alpha_taylor import ESTIMATES, finished, measure_taylor, rank_correlation
-from modes_fx.batch_checks import look_through
+from modes_fx.batches import Batch
 from modes_fx.blocks import Block, find_blocks, unwrap
-from modes_fx.calibration_state import Journal, State
-from modes_fx.distributed import World, total, world_of
+from modes_fx.calibration.alpha_exact import VARIANTS, Task, check_resumed, measure_exact
+from modes_fx.calibration.alpha_taylor import ESTIMATES, finished, measure_taylor, rank_correlation
+from modes_fx.calibration.batch_checks import look_through
+from modes_fx.calibration.distributed import World, total, world_of
+from modes_fx.calibration.state import Journal, State
 from modes_fx.errors import ModesError
-from modes_fx.measure import Batch, check_device, evaluating, model_digest
+from modes_fx.measure import check_device, evaluating, model_digest
 from modes_fx.profile import Layer, Profile, fingerprint, normalise
 from modes_fx.progress import progress_bar
 
@@ -72,8 +73,8 @@ def calibrate(
             input in place of their output, and the answer's prediction of its first token is left out, while
             the logits at its last token count.
         method: `exact`, or an estimate for all blocks from one forward and one backward pass per batch, see
-            `modes_fx.alpha_taylor`: `taylor`, or the two that follow the exact alpha less well, `taylor-gate`
-            and `taylor-loss`.
+            `modes_fx.calibration.alpha_taylor`: `taylor`, or the two that follow the exact alpha less well,
+            `taylor-gate` and `taylor-loss`.
         check: With an estimate, measure the exact alpha too, on the first batches with so many samples, and
             print on standard error how much alike the two rank the blocks.
         progress: Show a bar.

@@ -1,8 +1,8 @@
 """alpha by dropping: for each block, KL(original || block dropped) at the answer tokens, in nats.
 
 MoDES section 5.1, Eq. 4. The paper runs the whole model once for each block; here only what the block can
-change runs again (`modes_fx.prefix`), which gives the same bits for half the work. Passes are not joined into
-one of more rows: larger batches do the same for the throughput, and leave the values as they are.
+change runs again (`prefix`), which gives the same bits for half the work. Passes are not joined into one of
+more rows: larger batches do the same for the throughput, and leave the values as they are.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modes_fx.batches import Batch, batch_digest, changed
 from modes_fx.blocks import Block
-from modes_fx.calibration_state import Journal, State, stale
+from modes_fx.calibration.distributed import Share
+from modes_fx.calibration.prefix import DroppedRows, Prefix
+from modes_fx.calibration.state import Journal, State, stale
+from modes_fx.calibration.weight_scale import measure_scales
 from modes_fx.call_rows import argument, find_rows
-from modes_fx.distributed import Share
+from modes_fx.encoder_memory import EncoderMemory
 from modes_fx.errors import ModesError
-from modes_fx.measure import Batch, EncoderMemory, answer_logits, batch_digest, changed, check_finite, kl_sum
+from modes_fx.measure import answer_logits, check_finite, kl_sum
 from modes_fx.modality import TEXT, VISION
-from modes_fx.prefix import DroppedRows, Prefix
 from modes_fx.progress import Bar
 from modes_fx.skipping import call_tokens, drop_block, skip
-from modes_fx.weight_scale import measure_scales
 
 
 @dataclass(frozen=True)

@@ -23,15 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modes_fx.alpha_exact import Task, shared
-from modes_fx.calibration_state import Journal
-from modes_fx.distributed import Share
-from modes_fx.measure import IGNORED, Batch, answer_logits, check_finite, checked_labels
+from modes_fx.batches import IGNORED, Batch, checked_labels
+from modes_fx.calibration.alpha_exact import Task, shared
+from modes_fx.calibration.distributed import Share
+from modes_fx.calibration.prefix import Prefix, replaced_forwards
+from modes_fx.calibration.state import Journal
+from modes_fx.calibration.weight_scale import measure_scales
+from modes_fx.measure import answer_logits, check_finite
 from modes_fx.modality import VISION
-from modes_fx.prefix import Prefix, replaced_forwards
 from modes_fx.progress import Bar
 from modes_fx.skipping import Tokens, skip
-from modes_fx.weight_scale import measure_scales
 
 Estimate = Literal["taylor", "taylor-gate", "taylor-loss"]
 ESTIMATES: tuple[str, ...] = get_args(Estimate)

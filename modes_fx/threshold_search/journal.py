@@ -13,8 +13,8 @@ from typing import Any
 
 from modes_fx.errors import SearchError
 from modes_fx.measure import Pass
-from modes_fx.points import Point
 from modes_fx.profile import write_atomically
+from modes_fx.threshold_search.points import Point
 
 FORMAT = "modes_fx.search"
 VERSION = 1

@@ -18,10 +18,8 @@ from typing import Any, overload
 import numpy as np
 from PIL import Image
 
-from modes_fx.errors import ModesError
-from modes_fx.measure import IGNORED
-from modes_fx.rows import PictureTable as PictureTable
-from modes_fx.rows import (
+from modes_fx.batches import IGNORED
+from modes_fx.data.rows import (
     Row,
     Rows,
     cell_list,
@@ -32,7 +30,7 @@ from modes_fx.rows import (
     open_picture,
     undecoded,
 )
-from modes_fx.rows import load_rows as load_rows
+from modes_fx.errors import ModesError
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from modes_fx.blocks import find_blocks
+from modes_fx.data.rows import first_line
 from modes_fx.errors import ModesError
-from modes_fx.rows import first_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from modes_fx.batches import Survey
 from modes_fx.errors import SearchError
-from modes_fx.points import RATES, Point
+from modes_fx.threshold_search.points import RATES, Point
 
 
 @dataclass(frozen=True)

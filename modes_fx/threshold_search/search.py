@@ -15,17 +15,17 @@ from torch import nn
 from modes_fx.batches import Batch, check_batches, survey
 from modes_fx.blocks import find_blocks, unwrap
 from modes_fx.errors import SearchError
-from modes_fx.grid import Scores, Spacing
-from modes_fx.grid import threshold_at_rank as threshold_at_rank
 from modes_fx.measure import Meter, Pass, WeightRecorder, model_digest
 from modes_fx.modality import TEXT, VISION
-from modes_fx.points import Frontier, Point
 from modes_fx.profile import Profile
 from modes_fx.progress import Bar, progress_bar
-from modes_fx.search_journal import Journal
-from modes_fx.search_methods import Problem, exhaustive, guided, refine, staircase
 from modes_fx.skipping import block_alphas, thresholds
-from modes_fx.targets import Target
+from modes_fx.threshold_search.grid import Scores, Spacing
+from modes_fx.threshold_search.grid import threshold_at_rank as threshold_at_rank
+from modes_fx.threshold_search.journal import Journal
+from modes_fx.threshold_search.methods import Problem, exhaustive, guided, refine, staircase
+from modes_fx.threshold_search.points import Frontier, Point
+from modes_fx.threshold_search.targets import Target
 
 Method = Literal["guided", "staircase", "exhaustive"]
 

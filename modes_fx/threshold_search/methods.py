@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from modes_fx.errors import SearchError
-from modes_fx.grid import Scores
 from modes_fx.modality import TEXT, VISION
-from modes_fx.points import Point
-from modes_fx.surface import Surface, expected_improvement
-from modes_fx.targets import Target
+from modes_fx.threshold_search.grid import Scores
+from modes_fx.threshold_search.points import Point
+from modes_fx.threshold_search.surface import Surface, expected_improvement
+from modes_fx.threshold_search.targets import Target
 
 # First points of the guided search: along the predicted frontier, or over the whole square.
 _STARTS = 5

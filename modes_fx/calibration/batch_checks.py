@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from modes_fx.batches import IGNORED, Batch, batch_digest, check_batches, checked_labels, no_answers
 from modes_fx.errors import ModesError
-from modes_fx.measure import IGNORED, Batch, batch_digest, check_batches, checked_labels, no_answers
 from modes_fx.modality import MODALITY_NAMES, TEXT, VISION
 from modes_fx.skipping import call_tokens
 

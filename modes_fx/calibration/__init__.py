@@ -1,0 +1,10 @@
+"""alpha: how much each MoE block matters.
+
+calibrate      what to call: the checks, the choice of method, the profile
+batch_checks   what can be wrong with batches, told before the hours
+alpha_exact    by dropping a block's routed experts, and `prefix`: only what that can change runs again
+alpha_taylor   estimated from one forward and one backward pass
+weight_scale   a routed scaling factor that a model has folded into its routing weights
+state          what has been measured, in a file that lets a killed run go on
+distributed    one calibration over several processes
+"""
