@@ -12,6 +12,7 @@ from typing import Any
 from modes_fx.decisions import decide
 from modes_fx.passes.dataflow import is_call, shape_of
 from modes_fx.passes.find_router import Router, find_router
+from modes_fx.passes.provide_modality import MODALITY
 from modes_fx.passes.unit import Unit
 
 
@@ -29,7 +30,8 @@ def most_kept(node: Any, unit: Unit) -> int:
             **{"tau_text": tau_text, "tau_vision": tau_vision},
         }
     top_k = shape_of(experts)[1]
-    if modality is not None and unit.profile.special_token_ids:
+    # Special tokens keep every slot, and so do those of a call whose modality the wrapper does not know.
+    if modality is not None and (unit.profile.special_token_ids or MODALITY in unit.extra_inputs):
         return top_k
     router = find_router(experts, weights, shape_of(node.args[5])[0])
     kinds = ("text",) if modality is None else ("text", "vision")

@@ -5,7 +5,7 @@ after:   masked_moe(x, w[:, :M], w[:, :M], ids[:, :M], …)                     
 
 Weights in descending order that sum to at most one satisfy w_j <= 1/j, so that slot j can be kept only where
 alpha / j >= tau. Exact: the slots left out would have been dropped. It takes a router whose weights come in
-order and have a known sum (`find_router.py`), and no special tokens, which keep every slot.
+order and have a known sum (`find_router.py`), and no tokens that keep every slot (`most_kept.py`).
 """
 
 from typing import Any

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -60,23 +60,39 @@ def evaluate(
     Raises:
         ModesError: The harness is not installed, or knows no such task.
     """
-    if harness == "lmms-eval":
-        return _lmms_eval(model, processor, tasks, profile, how, batch_size, limit, include_path)
-    if harness == "lm-eval":
-        return _lm_eval(model, processor, tasks, profile, how, batch_size, limit, include_path)
-    raise ModesError(f"harness must be lmms-eval or lm-eval, got {harness!r}.")
+    if harness not in _HARNESSES:
+        raise ModesError(f"harness must be lmms-eval or lm-eval, got {harness!r}.")
+    given = _Given(model, processor, tuple(tasks), profile, how, batch_size, limit, _folder(include_path))
+    results, counts = _HARNESSES[harness](given)
+    return _evaluation(harness, results, counts)
 
 
-def _lmms_eval(
-    model: Any,
-    processor: Any,
-    tasks: Sequence[str],
-    profile: Any,
-    how: How,
-    batch_size: int,
-    limit: int | None,
-    include_path: Any,
-) -> Evaluation:
+@dataclass(frozen=True)
+class _Given:
+    """What `evaluate` was called with."""
+
+    model: Any
+    processor: Any
+    tasks: tuple[str, ...]
+    profile: Any
+    how: How
+    batch_size: int
+    limit: int | None
+    include_path: str | None
+
+    def run(self, simple_evaluate: Any, manager: Any, lm: Any) -> Any:
+        """Both harnesses are called alike."""
+        return simple_evaluate(
+            model=lm,
+            tasks=list(self.tasks),
+            task_manager=manager,
+            batch_size=self.batch_size,
+            limit=self.limit,
+            log_samples=False,
+        )
+
+
+def _lmms_eval(given: _Given) -> tuple[Any, Any]:
     try:
         from lmms_eval.evaluator import simple_evaluate
         from lmms_eval.tasks import TaskManager
@@ -84,30 +100,13 @@ def _lmms_eval(
         raise _missing("lmms-eval", error) from error
     from modes_fx.evaluation.lmms_model import SkippingModel
 
-    manager = TaskManager(include_path=_folder(include_path))
-    _check_tasks(tasks, manager.all_tasks, "lmms-eval")
-    lm = SkippingModel(model, profile, how, processor, batch_size)
-    results = simple_evaluate(
-        model=lm,
-        tasks=list(tasks),
-        task_manager=manager,
-        batch_size=batch_size,
-        limit=limit,
-        log_samples=False,
-    )
-    return _evaluation("lmms-eval", results, lm.counts)
+    manager = TaskManager(include_path=given.include_path)
+    _check_tasks(given.tasks, manager.all_tasks, "lmms-eval")
+    lm = SkippingModel(given.model, given.profile, given.how, given.processor, given.batch_size)
+    return given.run(simple_evaluate, manager, lm), lm.counts
 
 
-def _lm_eval(
-    model: Any,
-    processor: Any,
-    tasks: Sequence[str],
-    profile: Any,
-    how: How,
-    batch_size: int,
-    limit: int | None,
-    include_path: Any,
-) -> Evaluation:
+def _lm_eval(given: _Given) -> tuple[Any, Any]:
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -115,20 +114,16 @@ def _lm_eval(
     except ImportError as error:
         raise _missing("lm-eval", error) from error
 
-    manager = TaskManager(include_path=_folder(include_path))
-    _check_tasks(tasks, manager.all_tasks, "lm-eval")
-    counts = None if profile is None else start_skipping(model, profile, how)
-    tokenizer = getattr(processor, "tokenizer", processor)
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-    results = lm_eval.simple_evaluate(
-        model=lm,
-        tasks=list(tasks),
-        task_manager=manager,
-        limit=limit,
-        log_samples=False,
-        batch_size=batch_size,
-    )
-    return _evaluation("lm-eval", results, counts)
+    manager = TaskManager(include_path=given.include_path)
+    _check_tasks(given.tasks, manager.all_tasks, "lm-eval")
+    counts = None if given.profile is None else start_skipping(given.model, given.profile, given.how)
+    tokenizer = getattr(given.processor, "tokenizer", given.processor)
+    lm = HFLM(pretrained=given.model, tokenizer=tokenizer, backend="causal", batch_size=given.batch_size)
+    return given.run(lm_eval.simple_evaluate, manager, lm), counts
+
+
+# name -> (what was asked) -> (the harness's results, counts of skipped pairs or None)
+_HARNESSES: dict[str, Callable[[_Given], tuple[Any, Any]]] = {"lmms-eval": _lmms_eval, "lm-eval": _lm_eval}
 
 
 def _folder(include_path: Any) -> str | None:

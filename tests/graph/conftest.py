@@ -12,7 +12,9 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.fx import Graph, GraphModule, Node
 
 from modes_fx.kernels import _masked_moe_native
+from modes_fx.kernels.rows_modality import row_keys
 from modes_fx.passes.find_blocks import find_blocks
+from modes_fx.passes.provide_modality import TABLE_KEYS, TABLE_MODALITY
 from modes_fx.passes.unit import Unit
 from modes_fx.profile import Profile
 from modes_fx.testing import VOCABULARY, tiny_inputs, tiny_profile, tiny_qwen3_vl_moe
@@ -183,6 +185,17 @@ def bfloat16(_bfloat16: Traced) -> Traced:
 def table_shape() -> tuple[int, int]:
     """Of the token embedding and of the output head."""
     return VOCABULARY, 32
+
+
+@pytest.fixture(scope="session")
+def row_table() -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+    """`row_table(x)`: inputs that tell modality by the rows of embedded tokens; every other is vision."""
+
+    def tell(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        keys = row_keys(rows).unique()
+        return {TABLE_KEYS: keys, TABLE_MODALITY: (torch.arange(len(keys)) % 2).to(torch.uint8)}
+
+    return tell
 
 
 class Small(NamedTuple):

@@ -22,14 +22,24 @@ KINDS = (torch.arange(TOKENS) % 3).to(torch.uint8)
 
 
 @pytest.fixture
-def rewrite(small):
-    """Rewrite one block; gives `(run(tokens, text, vision), unit, traced)`."""
+def rewrite(small, row_table):
+    """Rewrite one block; gives `(run(text, vision), unit, traced)`.
 
-    def make(adjustable: Any = False, counting: bool = False, traits: Any = None, **constants: Any) -> Any:
+    The modality comes from the wrapper, or with `rows` is read in the graph, see `row_table`.
+    """
+
+    def make(
+        adjustable: Any = False,
+        counting: bool = False,
+        traits: Any = None,
+        rows: bool = False,
+        **constants: Any,
+    ) -> Any:
         one = small(TOKENS, num_experts=NUM_EXPERTS, top_k=TOP_K, hidden=NUM_EXPERTS, **(traits or {}))
         profile = block_profile(one.block, **{**ALPHAS, **PICTURES, **constants})
         thresholds = Thresholds(profile, adjustable) if adjustable else None
-        unit = one.traced.unit(profile, thresholds=thresholds, counting=counting)
+        known = {"embeds": len(one.traced.inputs) - 1} if rows else {}
+        unit = one.traced.unit(profile, thresholds=thresholds, counting=counting, **known)
         run_passes(one.traced.gm, unit, PIPELINE)
         assert unit.blocks[0].rewritten, unit.blocks[0].reason
 
@@ -37,7 +47,7 @@ def rewrite(small):
         kinds = KINDS if profile.special_token_ids else KINDS % 2
 
         def run(**taus: float) -> Any:
-            given = {MODALITY: kinds}
+            given = {MODALITY: kinds, **row_table(one.traced.inputs[-1])}
             if thresholds is not None:
                 thresholds.set(**taus)
                 given["thresholds"] = thresholds.on(torch.device("cpu"))
@@ -132,7 +142,7 @@ def test_a_model_of_text_alone_reads_no_modality(rewrite):
     ids=str,
 )
 def test_slots_that_no_threshold_within_the_bounds_keeps_are_left_out(rewrite, adjustable, saved):
-    constants = {"special_token_ids": (), "alpha_text": 1.0, "alpha_vision": 0.9}
+    constants = {"special_token_ids": (), "alpha_text": 1.0, "alpha_vision": 0.9, "rows": True}
     run, unit, _ = rewrite(adjustable, tau_text=0.6, tau_vision=0.6, **constants)
     assert unit.blocks[0].specialised == saved
     factors = (0.1, 1.0, 9.0) if adjustable is True else adjustable
@@ -143,12 +153,12 @@ def test_slots_that_no_threshold_within_the_bounds_keeps_are_left_out(rewrite, a
 
 def test_experts_that_no_threshold_within_the_bounds_keeps_are_deleted(rewrite):
     constants = {"special_token_ids": (), "tau_text": 3.0, "tau_vision": 3.0}
-    run, unit, traced = rewrite((0.5, 2.0), counting=True, **constants)
+    run, unit, traced = rewrite((0.5, 2.0), counting=True, rows=True, **constants)
     assert unit.blocks[0].specialised == ("deleted",) and traced.count(masked_moe) == 0
-    out, counts = run(text=1.5, vision=6.0)
+    out, _, counts = run(text=1.5, vision=6.0)
     assert out.abs().max() == 0
-    tokens = [int((KINDS % 2).eq(kind).sum()) for kind in (TEXT, VISION)]
-    assert counts.tolist() == [[[*(TOP_K * n for n in tokens), 0]] * 2]
+    half = TOP_K * TOKENS // 2
+    assert counts.tolist() == [[[half, half, 0]] * 2]
 
 
 # Every rewrite is proved, this one too.

@@ -36,18 +36,22 @@ THETAS += [0.9999, 1.0, 1.00005, 1.02, 1.05, 3.0]
 
 
 @pytest.fixture
-def specialised(small):
-    """Rewrite one block and run it: `(output, unit, graph)`."""
+def specialised(small, row_table):
+    """Rewrite one block and run it: `(output, unit, graph)`.
 
-    def run(disable=(), tokens=None, traits=None, **constants) -> Any:
+    The modality comes from the wrapper, or with `rows` is read in the graph, see `row_table`.
+    """
+
+    def run(disable=(), tokens=None, traits=None, *, rows=False, **constants) -> Any:
         one = small(40, num_experts=NUM_EXPERTS, top_k=TOP_K, hidden=NUM_EXPERTS, **(traits or {}))
         # The router is the identity, so that the rows say what the logits are.
         router, x = torch.eye(NUM_EXPERTS, dtype=one.block.traits.dtype), adversarial(one.block.traits.dtype)
         one.block.router.data.copy_(router)
-        unit = one.traced.unit(block_profile(one.block, **constants))
-        run_passes(one.traced.gm, unit, PIPELINE, disable=disable)
         *parameters, _ = one.traced.inputs
-        given = {MODALITY: torch.zeros(40, dtype=torch.uint8) if tokens is None else tokens}
+        known = {"embeds": len(parameters)} if rows else {}
+        unit = one.traced.unit(block_profile(one.block, **constants), **known)
+        run_passes(one.traced.gm, unit, PIPELINE, disable=disable)
+        given = {MODALITY: torch.zeros(40, dtype=torch.uint8) if tokens is None else tokens, **row_table(x)}
         with torch.no_grad():
             out = one.traced.gm(*parameters, x, *(given[name] for name in unit.extra_inputs))[0]
         assert unit.blocks[0].rewritten, unit.blocks[0].reason
@@ -92,25 +96,36 @@ def test_each_is_exact_alone(specialised, name, theta):
         assert unit.counts[name] == 0
 
 
+TWO_THRESHOLDS = {
+    "tau_text": 0.9,
+    "alpha_text": 1.0,
+    "tau_vision": 0.45,
+    "alpha_vision": 1.0,
+    "visual_token_ids": (3,),
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "traits", [{"factor": 2.5}, {"shared": True}, {"implementation": "batched_mm"}], ids=str
 )
 def test_the_larger_of_the_two_modalities_decides(specialised, traits, dtype):
-    tokens = (torch.arange(40) % 2).to(torch.uint8)
-    constants = {
-        "tau_text": 0.9,
-        "alpha_text": 1.0,
-        "tau_vision": 0.45,
-        "alpha_vision": 1.0,
-        "visual_token_ids": (3,),
-    }
-    traits = {**traits, "dtype": dtype}
     scale = {"weight_scale": traits.get("factor", 1.0)}
-    got, unit, _ = specialised(tokens=tokens, traits=traits, **constants, **scale)
-    want, _, _ = specialised(SPECIALISE, tokens, traits, **constants, **scale)
+    traits = {**traits, "dtype": dtype}
+    got, unit, _ = specialised(traits=traits, rows=True, **TWO_THRESHOLDS, **scale)
+    want, _, _ = specialised(SPECIALISE, traits=traits, rows=True, **TWO_THRESHOLDS, **scale)
     assert unit.blocks[0].specialised == ("top 6 -> 2",)
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("tau", [0.45, 1.5])
+def test_a_call_whose_modality_may_be_unknown_keeps_every_slot(specialised, tau):
+    # The wrapper then gives OTHER for every token, of which nothing is dropped.
+    unknown = torch.full((40,), 2, dtype=torch.uint8)
+    got, unit, _ = specialised(tokens=unknown, **{**TWO_THRESHOLDS, "tau_vision": tau, "tau_text": tau + 0.1})
+    assert unit.blocks[0].specialised == ()
+    everything, _, _ = specialised(tau_text=0.0)
+    assert torch.equal(got, everything)
 
 
 @pytest.mark.parametrize(
