@@ -23,18 +23,22 @@ class Survey:
     """What batches hold, known before any model runs on them.
 
     Attributes:
-        num_batches: How many there are.
+        digests: `batch_digest` of each batch.
         answer_tokens: Per sample, labels that are not -100 and have a token before them.
         tasks: Per sample, the name of its task, or "".
         tokens: Real tokens of each modality.
         decode_tokens: Real tokens of the phase DECODE that can be skipped.
     """
 
-    num_batches: int
+    digests: tuple[str, ...]
     answer_tokens: tuple[int, ...]
     tasks: tuple[str, ...]
     tokens: tuple[int, int, int]
     decode_tokens: int
+
+    @property
+    def num_batches(self) -> int:
+        return len(self.digests)
 
     @property
     def num_samples(self) -> int:
@@ -46,31 +50,59 @@ class Survey:
 
 
 def survey(
-    batches: Iterable[Batch], visual_token_ids: Sequence[int], special_token_ids: Sequence[int]
+    batches: Iterable[Batch],
+    visual_token_ids: Sequence[int],
+    special_token_ids: Sequence[int],
+    vocab_size: int,
+    *,
+    ahead: int = 1,
 ) -> Survey:
-    """Look through the batches for what would otherwise fail hours later, and count what is in them.
+    """Look through batches for all that would fail hours later or measure nothing, and count what they hold.
 
+    Args:
+        ahead: How many tokens of a row come before the first answer token that counts; see `answer_logits`.
     Raises:
-        ModesError: No batches, a batch that is not a dict with labels of the shape of its `input_ids`, no
-            answer token in any, or task names that do not fit the rows.
+        ModesError: No batches or no answers; a batch that is empty, or no dict with labels of the shape of
+            its `input_ids`; ids beyond the vocabulary; inputs that are not finite; task names that do not fit
+            the rows.
     """
+    digests: list[str] = []
     answers: list[int] = []
     tasks: list[str] = []
     tokens = torch.zeros(len(MODALITY_NAMES), dtype=torch.int64)
-    decode = num_batches = 0
-    for batch in batches:
-        num_batches += 1
+    decode = 0
+    for index, batch in enumerate(check_batches(batches)):
         labels = checked_labels(batch)
-        answers += (labels[:, 1:] != IGNORED).sum(1).tolist()
-        tasks += _task_names(batch, len(labels))
+        if not labels.numel():
+            raise ModesError(f"Batch {index} is empty: its input_ids have shape {tuple(labels.shape)}.")
         called = call_tokens(batch, visual_token_ids, special_token_ids)
-        tokens += called.modality[called.real].cpu().long().bincount(minlength=len(MODALITY_NAMES))
-        in_decode = (token_phase(labels).flatten() == DECODE) & called.real.cpu()
-        decode += int((called.modality.cpu()[in_decode] <= VISION).sum())
+        modality, real = called.modality.cpu(), called.real.cpu()
+        # A placeholder may lie beyond the vocabulary, for what it stands for is put in its place.
+        looked_up = batch["input_ids"].flatten().cpu()[modality != VISION]
+        _check_ids(f"The labels of batch {index}", labels[labels != IGNORED], vocab_size)
+        _check_ids(f"The input_ids of batch {index}", looked_up, vocab_size)
+        for name, value in batch.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+                raise ModesError(f"The {name} of batch {index} contain NaN or infinity; leave the batch out.")
+        answers += (labels[:, ahead:] != IGNORED).sum(1).tolist()
+        tasks += _task_names(batch, len(labels))
+        tokens += modality[real].long().bincount(minlength=len(MODALITY_NAMES))
+        in_decode = (token_phase(labels).flatten() == DECODE) & real
+        decode += int((modality[in_decode] <= VISION).sum())
+        digests.append(batch_digest(batch))
     if not sum(answers):
-        raise ModesError(no_answers(num_batches))
+        raise ModesError(no_answers(len(digests)))
     text, vision, other = tokens.tolist()
-    return Survey(num_batches, tuple(answers), tuple(tasks), (text, vision, other), decode)
+    return Survey(tuple(digests), tuple(answers), tuple(tasks), (text, vision, other), decode)
+
+
+def _check_ids(what: str, ids: Tensor, vocab_size: int) -> None:
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(wrong):
+        raise ModesError(
+            f"{what} hold {int(wrong[0])}, which is no token id: the vocabulary has {vocab_size}; use the "
+            f"model's own tokenizer, and {IGNORED} for labels to ignore."
+        )
 
 
 def token_phase(labels: Tensor) -> Tensor:

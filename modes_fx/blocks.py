@@ -52,6 +52,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
+def embedding_shape(model: nn.Module) -> tuple[int, int]:
+    """(vocabulary, hidden size) of the token embedding."""
+    vocab_size, hidden_size = model.get_input_embeddings().weight.shape  # type: ignore[operator]
+    return vocab_size, hidden_size
+
+
 def find_blocks(model: nn.Module) -> list[Block]:
     """The MoE blocks of `model` that see its tokens, in layer order; those of a vision tower see patches.
 

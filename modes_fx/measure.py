@@ -20,6 +20,7 @@ from modes_fx.batches import (
     IGNORED,
     NOT_INPUTS,
     Batch,
+    Survey,
     batch_digest,
     changed,
     check_batches,
@@ -27,7 +28,7 @@ from modes_fx.batches import (
     survey,
     token_phase,
 )
-from modes_fx.blocks import find_blocks, unwrap
+from modes_fx.blocks import embedding_shape, find_blocks, unwrap
 from modes_fx.encoder_memory import EncoderMemory
 from modes_fx.errors import ModesError
 from modes_fx.modality import MODALITY_NAMES, TEXT, VISION
@@ -189,10 +190,10 @@ class Meter:
         batches: Re-iterable of dicts: the model's keyword inputs, `labels` (`[B, S]`, -100 is ignored) and,
             if the rows belong to tasks, `task`: the name of one task for all, or a list of one name a row.
         visual_token_ids, special_token_ids: See `token_modality`.
+        surveyed: What `survey` said of the batches, if it was asked already.
         observe: A rule asked during the unskipped pass, e.g. to record scores; it drops nothing.
     Attributes:
-        survey: What the batches hold, see `Survey`.
-        digests: `batch_digest` of each batch.
+        survey: What the batches hold.
         unskipped: What the original model measures: KL zero, nothing dropped, its right answers.
     """
 
@@ -203,6 +204,7 @@ class Meter:
         visual_token_ids: Sequence[int],
         special_token_ids: Sequence[int],
         *,
+        surveyed: Survey | None = None,
         observe: Rule | None = None,
         bar: Bar | None = None,
     ) -> None:
@@ -211,10 +213,9 @@ class Meter:
         self.blocks = find_blocks(self.model)
         self.batches = check_batches(batches)
         self.ids = (visual_token_ids, special_token_ids)
-        self.survey = survey(self.batches, *self.ids)
+        self.survey = surveyed or survey(self.batches, *self.ids, embedding_shape(self.model)[0])
         self.encoder = EncoderMemory(self.model)
         self.original: list[Tensor] = []
-        self.digests: list[str] = []
         self.unskipped = self._run(observe or keep_all, None, False, bar, Pass(), None)
         self.num_samples = self.survey.num_samples
         self.num_tokens = self.survey.num_answer_tokens
@@ -264,17 +265,15 @@ class Meter:
             counts.add(block, dropped, Tokens(tokens.phase * _MODALITIES + tokens.modality, tokens.real))
             return dropped
 
-        seen = 0
+        seen, digests = 0, self.survey.digests
         hooks = skip(
             self.model, self.blocks, counted, *self.ids, renormalise=renormalise, phase=lambda: phase
         )
         with evaluating(self.model), hooks:
             for index, batch in enumerate(self.batches):
                 seen += 1
-                if original is not None and (
-                    index >= len(original) or batch_digest(batch) != self.digests[index]
-                ):
-                    raise ModesError(changed(index, len(original)))
+                if seen > len(digests) or batch_digest(batch) != digests[index]:
+                    raise ModesError(changed(index, len(digests)))
                 if bar is not None:
                     bar.step()
                 if index < done.batches:
@@ -285,7 +284,6 @@ class Meter:
                 if original is None:
                     check_finite(logits, f"the original model, batch {index}")
                     self.original.append(logits.cpu())
-                    self.digests.append(batch_digest(batch))
                 _add_answers(done, batch, self.original[index], logits, f"batch {index}")
                 done.batches = index + 1
                 if after_batch is not None:

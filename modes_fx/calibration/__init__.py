@@ -1,7 +1,6 @@
 """alpha: how much each MoE block matters.
 
-calibrate      what to call: the checks, the choice of method, the profile
-batch_checks   what can be wrong with batches, told before the hours
+calibrate      what to call: what is looked at first, the choice of method, the profile
 alpha_exact    by dropping a block's routed experts, and `prefix`: only what that can change runs again
 alpha_taylor   estimated from one forward and one backward pass
 weight_scale   a routed scaling factor that a model has folded into its routing weights

@@ -16,15 +16,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from modes_fx.batches import Batch
-from modes_fx.blocks import Block, find_blocks, unwrap
+from modes_fx.batches import Batch, Survey, survey
+from modes_fx.blocks import Block, embedding_shape, find_blocks, unwrap
 from modes_fx.calibration.alpha_exact import VARIANTS, Task, check_resumed, measure_exact
 from modes_fx.calibration.alpha_taylor import ESTIMATES, finished, measure_taylor, rank_correlation
-from modes_fx.calibration.batch_checks import look_through
 from modes_fx.calibration.distributed import World, total, world_of
 from modes_fx.calibration.state import Journal, State
 from modes_fx.errors import ModesError
 from modes_fx.measure import check_device, evaluating, model_digest
+from modes_fx.modality import TEXT, VISION
 from modes_fx.profile import Layer, Profile, fingerprint, normalise
 from modes_fx.progress import progress_bar
 
@@ -101,7 +101,9 @@ def calibrate(
     meaning = VARIANTS[variant]
     with world_of(model) as world:
         with world.together():
-            digests = look_through(model, batches, ids, meaning.dropped, ahead=meaning.ahead)
+            found = survey(batches, *ids, embedding_shape(model)[0], ahead=meaning.ahead)
+            _check_modalities(found, meaning.dropped, bool(ids[0]))
+            digests = list(found.digests)
             routers = [fingerprint(block.router_weight) for block in blocks]
             identity = hashlib.sha256(f"{model_digest(model)} {routers}".encode()).hexdigest()
         everything = repr((identity, variant, method, ids, digests))
@@ -146,6 +148,18 @@ def calibrate(
             if world.first:
                 sys.stderr.write(_comparison(state, exact))
     return _profile(state, model, blocks, variant if method == "exact" else f"{variant}, {method}", *ids)
+
+
+def _check_modalities(found: Survey, dropped: Iterable[int | None], sees_pictures: bool) -> None:
+    """Refuse batches that show nothing of what alpha is measured for."""
+    for modality in dropped:
+        if modality == TEXT and not found.tokens[TEXT]:
+            raise ModesError("No batch has a text token, so alpha for text cannot be measured.")
+        if modality == VISION and sees_pictures and not found.tokens[VISION]:
+            raise ModesError(
+                "No batch has a picture, so alpha for vision cannot be measured; add batches with pictures, "
+                'or use variant="paper", which measures one alpha for text and vision together.'
+            )
 
 
 def _first(batches: Iterable[Batch], num_samples: int) -> list[Batch]:
@@ -202,15 +216,15 @@ def _profile(
         )
         for i, block in enumerate(blocks)
     )
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    vocab_size, hidden_size = embedding_shape(model)
     return Profile(
         layers=layers,
         tau_text=0.0,
         tau_vision=0.0,
         visual_token_ids=visual,
         special_token_ids=special,
-        vocab_size=embedding.shape[0],
-        hidden_size=embedding.shape[1],
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
         num_samples=state.num_samples,
         method=method,
         versions=library_versions(),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from modes_fx.blocks import find_blocks
+from modes_fx.blocks import embedding_shape, find_blocks
 from modes_fx.calibration.calibrate import token_ids
 from modes_fx.profile import Layer, Profile, fingerprint
 from modes_fx.testing.tokens import SPECIAL
@@ -37,7 +37,7 @@ def tiny_profile(
         for block, digest, place in zip(blocks, prints, places, strict=True)
     )
     visual, special = token_ids(model, special_token_ids=SPECIAL)
-    vocabulary, hidden = model.get_input_embeddings().weight.shape
+    vocabulary, hidden = embedding_shape(model)
     return Profile(
         layers=layers,
         tau_text=tau_text,

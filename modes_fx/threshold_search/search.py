@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from modes_fx.batches import Batch, check_batches, survey
+from modes_fx.batches import Batch, survey
 from modes_fx.blocks import find_blocks, unwrap
 from modes_fx.errors import SearchError
 from modes_fx.measure import Meter, Pass, WeightRecorder, model_digest
@@ -190,14 +190,15 @@ class ThresholdSearch:
         model = unwrap(model)
         block_alphas(profile, find_blocks(model))  # A foreign profile is refused before anything runs.
         ids = (profile.visual_token_ids, profile.special_token_ids)
+        surveyed = survey(batches, *ids, profile.vocab_size)
         if target is not None:
-            target.check_batches(survey(check_batches(batches), *ids))
+            target.check_batches(surveyed)
         cleared = profile.with_thresholds(tau_text=0.0, tau_vision=0.0)
         key = {"profile": cleared.digest(), "model": model_digest(model)} if resume is not None else {}
         journal = Journal(resume, key)
+        journal.check_batches(list(surveyed.digests))
         recorder = WeightRecorder()
-        meter = Meter(model, batches, *ids, observe=recorder, bar=bar)
-        journal.check_batches(meter.digests)
+        meter = Meter(model, batches, *ids, surveyed=surveyed, observe=recorder, bar=bar)
         self._start(meter, recorder, profile, bar or Bar(), journal, 1.0)
 
     def _start(

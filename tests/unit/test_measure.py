@@ -11,7 +11,7 @@ from modes_fx.errors import ModesError
 from modes_fx.measure import Meter, Pass, answer_logits, bootstrap, kl_per_token
 from modes_fx.modality import TEXT
 from modes_fx.skipping import DECODE, PREFILL, Tokens, keep_all, skip, thresholds
-from modes_fx.testing import IMAGE, PAD, SPECIAL, VIDEO, tiny_inputs, tiny_qwen3_vl_moe
+from modes_fx.testing import IMAGE, PAD, SPECIAL, VIDEO, VOCABULARY, tiny_inputs, tiny_qwen3_vl_moe
 
 IDS = ((IMAGE, VIDEO), SPECIAL)
 
@@ -167,12 +167,15 @@ def test_the_interval_of_a_pass_holds_its_kl(model):
 
 
 def test_batches_are_surveyed_before_any_model_runs(model):
-    found = survey([labelled(batch=2), labelled(answer=1, grid=None)], *IDS)
+    found = survey([labelled(batch=2), labelled(answer=1, grid=None)], *IDS, VOCABULARY)
     assert found.answer_tokens == (3, 3, 1) and found.tasks == ("", "", "")
     assert found.tokens[1] == 2 * 4 and found.decode_tokens == 2 * 2
     padded = labelled()
     padded["attention_mask"][:, -1] = 0
-    assert sum(survey([padded], *IDS).tokens) == sum(survey([labelled()], *IDS).tokens) - 1
+    assert (
+        sum(survey([padded], *IDS, VOCABULARY).tokens)
+        == sum(survey([labelled()], *IDS, VOCABULARY).tokens) - 1
+    )
     assert PAD in SPECIAL
 
 
