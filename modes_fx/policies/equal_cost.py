@@ -5,7 +5,8 @@ next to it, and that may cost little in a block that cannot be missed. At the be
 gained by keeping one pair more in one (block, modality) and one less in another: the KL per pair at the
 threshold, its marginal cost, is the same in all. One backward pass gives that cost for all of them at once,
 as the gradient of the KL with respect to a factor on each routing weight, averaged over the pairs next to the
-threshold. So thresholds are moved against their costs, batch by batch, at a constant skip rate.
+threshold. So thresholds are moved against their costs, batch by batch, at a constant skip rate. Few samples
+mislead: a part of them moves nothing, and decides how far to follow.
 
 The result is a profile like any other, for `alpha * weight < tau` is `weight < tau / alpha`.
 """
@@ -22,17 +23,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from modes_fx.batches import Batch
+from modes_fx.batches import IGNORED, Batch, checked_labels
 from modes_fx.blocks import find_blocks
 from modes_fx.measure import Measured, Meter, answer_logits, evaluating
 from modes_fx.modality import TEXT, VISION
 from modes_fx.policies.policy import Bench, PairRecorder, tune
-from modes_fx.policies.two_thresholds import tempered
+from modes_fx.policies.two_thresholds import power, tempered
 from modes_fx.profile import Profile
 from modes_fx.progress import progress_bar
 from modes_fx.skipping import Rule, Tokens, block_alphas, keep_all, skip
 
 Groups = NDArray[np.float64]  # a number per block and modality, [blocks, 2]
+Flags = NDArray[np.bool_]  # one per sample
 
 # Share of a group's pairs, on each side of the threshold, that its marginal cost is the mean of.
 _WINDOW = 0.08
@@ -41,7 +43,9 @@ _MEMORY = 0.8
 # How far the logarithm of a group's kept odds moves in the first and in the last step.
 _FIRST, _LAST = 0.35, 0.06
 _ODDS = 6.0  # greatest logarithm of the kept odds
-# How far to go from the start to where the costs led: few samples mislead, and half way often is better.
+# Of so many samples one moves no threshold, but chooses among them.
+_HELD_OUT = 3
+# How far to go from the start to where the costs led.
 _MIXES = (1.0, 0.5)
 
 
@@ -63,12 +67,12 @@ def marginal(
         profile: Calibrated; its alphas are where the search starts.
         target_skip: Dropped pairs / all pairs over non-padding tokens, 0..1.
         steps: Batches whose marginal costs move the thresholds, in turn; a step takes as long as three
-            passes over one batch.
+            passes over one batch. A third of the samples, the same at every call, is left out of them.
         start_passes: Over all batches, to find the two thresholds and the power of alpha to start from.
         tolerance: How far the measured skip rate may lie from the target.
     Returns:
-        The profile with other alphas and thresholds, method "marginal"; or where those measure no less KL on
-        `batches` than what they started from, that.
+        The profile with other alphas and thresholds, method "marginal": those that the costs led to, those
+        half way, or those at the start, whichever measures the least KL on the samples left out.
     Raises:
         SearchError: The target cannot be reached.
     """
@@ -92,13 +96,15 @@ def marginal(
 class Found:
     """Thresholds on the routing weight per block and modality, `[blocks, 2]`, and what they measure.
 
-    `costs` are the marginal costs, nats per pair, that the last steps saw; zeros if none were taken.
+    `costs` are the marginal costs, nats per pair, that the last steps saw; zeros if none were taken. `mix` is
+    how far the thresholds followed them, from 0 (the start) to 1.
     """
 
     thresholds: Tensor
     measured: Measured
     costs: Groups
     passes: float
+    mix: float = 0.0
 
     @property
     def rule(self) -> Rule:
@@ -118,7 +124,7 @@ def tune_marginal(
     """See `marginal`; for a bench that other policies share."""
     begun = bench.passes
     start = tune(tempered(alphas), bench, target_skip, passes=start_passes, tolerance=tolerance)
-    tempo = [[_power(alpha, start.shape[1]) for alpha in pair] for pair in alphas]
+    tempo = [[power(alpha, start.shape[1]) for alpha in pair] for pair in alphas]
     taus = (math.exp(start.strength + start.shape[0]), math.exp(start.strength))
     at_start = torch.tensor(
         [
@@ -127,18 +133,31 @@ def tune_marginal(
         ]
     )
     best = Found(at_start, start.measured, np.zeros_like(weights.sizes), 0)
-    descent = _Descent(bench, weights, weights.dropped(at_start), target_skip)
+    held = held_out(bench.meter.survey.answer_tokens)
+    descent = _Descent(bench, weights, weights.dropped(at_start), target_skip, held)
     descent.run(steps)
-    for mix in _MIXES:
+    for mix in _MIXES if steps else ():
         kept = descent.start + mix * (descent.mean - descent.start)
         found = _meet(bench, descent, kept, target_skip, tolerance)
-        if found is not None and found.measured.kl < best.measured.kl:
-            best = found
+        if found is not None and kl_of(found.measured, held) < kl_of(best.measured, held):
+            best = dataclasses.replace(found, mix=mix)
     return dataclasses.replace(best, costs=descent.costs, passes=bench.passes - begun)
 
 
-def _power(alpha: float, power: float) -> float:
-    return alpha ** max(0.0, power) if alpha else 0.0
+def held_out(answer_tokens: Sequence[int]) -> Flags:
+    """Which samples choose, `[samples]` bool: a third of those that have answers, drawn the same way each
+    time; none where there are fewer than three."""
+    answering = np.flatnonzero(answer_tokens)
+    held = np.zeros(len(answer_tokens), dtype=np.bool_)
+    drawn = np.random.default_rng(0).permutation(answering)
+    held[drawn[: len(answering) // _HELD_OUT]] = True
+    return held
+
+
+def kl_of(measured: Measured, held: Flags) -> float:
+    """KL of the samples held out, or of all where none are; nats per answer token."""
+    chosen = held if held.any() else ~held
+    return float(np.array(measured.kl_sums)[chosen].sum() / np.array(measured.answer_tokens)[chosen].sum())
 
 
 def _meet(
@@ -215,8 +234,13 @@ class _Descent:
         costs: Running mean of the marginal costs, nats per pair.
     """
 
-    def __init__(self, bench: Bench, weights: GroupWeights, dropped: Groups, target_skip: float) -> None:
+    def __init__(
+        self, bench: Bench, weights: GroupWeights, dropped: Groups, target_skip: float, held: Flags
+    ) -> None:
         self._bench, self._weights, self._target = bench, weights, target_skip
+        # Per batch, which of its rows teach.
+        ends = np.cumsum([len(batch["labels"]) for batch in bench.meter.batches])
+        self._rows = np.split(~held, ends[:-1])
         # Groups that nothing is kept of cost nothing, or are not worth it: they stay away.
         self._gone = dropped >= 1
         kept = np.clip(1 - dropped, 1e-3, 1 - 1e-3)
@@ -232,10 +256,12 @@ class _Descent:
         odds, seen, late = self.start, 0.0, []
         for step in range(steps):
             if not queue:
-                queue = order.permutation(len(meter.original)).tolist()
+                teaching = [index for index, rows in enumerate(self._rows) if rows.any()]
+                queue = order.permutation(teaching).tolist()
             odds = self.level(odds, self._target - self.drift)
             limits = self.limits(odds)
-            costs, measured, answers = marginal_costs(meter, limits, queue.pop())
+            index = queue.pop()
+            costs, measured, answers = marginal_costs(meter, limits, index, self._rows[index])
             self._bench.passes += 3 * answers / meter.num_tokens  # a backward pass is worth two forward
             predicted = self._predicted(odds)
             self.drift += (measured - predicted - self.drift) * (0.3 if step else 1.0)
@@ -278,12 +304,16 @@ class _Descent:
         return np.clip(np.log(np.maximum(costs, 0.1 * usual) / usual), -1, 1)
 
 
-def marginal_costs(meter: Meter, limits: Tensor, index: int) -> tuple[Groups, float, int]:
+def marginal_costs(
+    meter: Meter, limits: Tensor, index: int, rows: Flags | None = None
+) -> tuple[Groups, float, int]:
     """KL that one more dropped pair costs, of each block and modality, on one batch with these thresholds.
 
     First order: the derivative of the KL with respect to a factor on each routing weight, over the pairs
     whose weight lies next to the threshold on both sides.
 
+    Args:
+        rows: Which rows of the batch count, `[B]`; all unless told.
     Returns:
         (nats per pair `[blocks, 2]`, the batch's measured skip rate, its answer tokens); the KL is summed
         over answer tokens.
@@ -297,13 +327,16 @@ def marginal_costs(meter: Meter, limits: Tensor, index: int) -> tuple[Groups, fl
         return factor
 
     batch = _batch(meter, index)
+    labels = checked_labels(batch)
+    counted = torch.ones(len(labels), dtype=torch.bool) if rows is None else torch.from_numpy(rows)
+    of_tokens = counted[(labels[:, 1:] != IGNORED).nonzero()[:, 0]]
     hooks = skip(meter.model, meter.blocks, factors, *meter.ids)
     with evaluating(meter.model), _frozen(meter.model), hooks as counts, torch.enable_grad():
         with meter.encoder.for_batch(index):
             logits = answer_logits(meter.model, batch)
         original = meter.original[index].to(logits.device).float().log_softmax(-1)
-        kl = (original.exp() * (original - logits.float().log_softmax(-1))).sum()
-        kl.backward()  # type: ignore[no-untyped-call]
+        kl = (original.exp() * (original - logits.float().log_softmax(-1))).sum(-1)
+        kl[of_tokens.to(kl.device)].sum().backward()  # type: ignore[no-untyped-call]
     costs = np.zeros((len(meter.blocks), 2))
     for block, (weights, tokens, factor) in asked.items():
         assert factor.grad is not None
@@ -315,7 +348,8 @@ def marginal_costs(meter: Meter, limits: Tensor, index: int) -> tuple[Groups, fl
                 width = max(1, round(_WINDOW * len(values)))
                 beside = order[max(0, rank - width) : rank + width]
                 costs[block, modality] = -float(factor.grad[chosen].flatten()[beside].mean())
-    return costs, counts.skip(), len(original)
+    # The pairs of rows that do not count have cost nothing.
+    return costs / float(counted.float().mean()), counts.skip(), len(original)
 
 
 def _batch(meter: Meter, index: int) -> Batch:

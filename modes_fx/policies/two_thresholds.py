@@ -46,15 +46,15 @@ def tempered(alphas: Alphas) -> Policy:
     """MoDES with alpha to a power; the shape is (log(tau_text / tau_vision), power)."""
 
     def rule(shape: Sequence[float], strength: float) -> Rule:
-        powers = [(_power(text, shape[1]), _power(vision, shape[1])) for text, vision in alphas]
+        powers = [(power(text, shape[1]), power(vision, shape[1])) for text, vision in alphas]
         return thresholds(powers, math.exp(strength + shape[0]), math.exp(strength))
 
     return Policy("MoDES, tempered alpha", "this package", rule, (_LEAST - 4, 6.0), (-1.0, 0.25), 0.5)
 
 
-def _power(alpha: float, power: float) -> float:
-    # What reaches no answer stays free to drop at every power.
-    return alpha ** max(0.0, power) if alpha else 0.0
+def power(alpha: float, exponent: float) -> float:
+    """alpha to a power that is at least zero; what reaches no answer stays free to drop at every power."""
+    return alpha ** max(0.0, exponent) if alpha else 0.0
 
 
 def _one_threshold(name: str, source: str, alphas: Alphas) -> Policy:

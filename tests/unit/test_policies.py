@@ -14,7 +14,16 @@ from modes_fx.measure import Meter, answer_logits, evaluating, kl_sum
 from modes_fx.modality import OTHER, TEXT, VISION
 from modes_fx.policies import Bench, Policy, marginal, tune
 from modes_fx.policies.batch_aware import ExpertsRead, batch_aware, token_by_token
-from modes_fx.policies.equal_cost import Found, GroupWeights, as_profile, group_rule, marginal_costs
+from modes_fx.policies.equal_cost import (
+    Found,
+    GroupWeights,
+    as_profile,
+    group_rule,
+    held_out,
+    kl_of,
+    marginal_costs,
+    tune_marginal,
+)
 from modes_fx.policies.policy import PairRecorder, ranks
 from modes_fx.policies.reduce_k import halving, reduced_k
 from modes_fx.policies.relative import ser
@@ -185,6 +194,15 @@ def test_more_passes_never_find_a_worse_point(bench):
     assert more.passes > one.passes
 
 
+def test_moving_slots_between_blocks_is_on_calibration_no_worse_than_leaving_them(bench):
+    for plain_one in (reduced_k([4, 4]), reduced_k([4, 4]).renormalised()):
+        moved = reduced_k([4, 4], per_block=True)
+        moved = moved.renormalised() if plain_one.renormalise else moved
+        for target in (0.5 * bench.most, 0.75 * bench.most):
+            one, two = (tune(each, bench, target, passes=6, tolerance=0.02) for each in (plain_one, moved))
+            assert two.measured.kl <= one.measured.kl
+
+
 def test_a_policy_that_cannot_reach_the_target_says_so(bench):
     with pytest.raises(SearchError, match=r"NAEE does not reach .* nearest it measured is 0\.[67]"):
         tune(naee(2), bench, 0.95 * bench.most, passes=3)  # at most three of four
@@ -239,6 +257,27 @@ def test_marginal_cost_is_the_slope_of_kl_over_a_factor_on_the_weights(model, ba
     assert costs[block, modality] == pytest.approx(slope, rel=0.05)
 
 
+def test_marginal_costs_of_some_rows_and_of_the_others_add_up(model, batches):
+    weights = GroupWeights(2)
+    meter = Meter(model, batches, *IDS, observe=weights)
+    limits = weights.limits(np.full((2, 2), 0.5))
+    whole, some, others = (
+        marginal_costs(meter, limits, 1, rows)[0]
+        for rows in (None, np.array([True, False, True]), np.array([False, True, False]))
+    )
+    # A cost is per pair of the rows that count.
+    assert (2 * some + others) / 3 == pytest.approx(whole, rel=1e-3, abs=1e-7)
+    assert not np.allclose(some, others, rtol=0.01)
+
+
+def test_a_third_of_the_samples_that_answer_is_held_out_and_it_is_always_the_same():
+    held = held_out([2] * 9)
+    assert held.sum() == 3
+    assert (held == held_out([5] * 9)).all()
+    assert held_out([0, 2, 0, 2, 2, 0])[[1, 3, 4]].sum() == held_out([0, 2, 0, 2, 2, 0]).sum() == 1
+    assert not held_out([2, 2]).any()
+
+
 def test_limits_and_dropped_are_inverse():
     weights = GroupWeights(1)
     generator = torch.Generator().manual_seed(0)
@@ -269,13 +308,37 @@ def test_thresholds_become_a_profile_that_drops_the_same(model, batches, profile
         assert bench.measure(rule, False).skip == found.measured.skip
 
 
-def test_marginal_is_no_worse_than_where_it_starts_and_repeats_itself(model, batches, profile, bench):
+def test_marginal_takes_what_is_best_on_the_samples_that_it_has_held_out(model, batches, profile):
+    pairs, weights = PairRecorder(), GroupWeights(2)
+
+    def observe(block: int, each: torch.Tensor, of: Tokens) -> torch.Tensor:
+        pairs(block, each, of)
+        return weights(block, each, of)
+
+    bench = Bench(Meter(model, batches, *IDS, observe=observe), pairs)
+    held = held_out(bench.meter.survey.answer_tokens)
+    assert held.sum() == 3
+    alphas = block_alphas(profile, bench.meter.blocks)
+    mixes = set()
+    for target in (0.4 * bench.most, 0.7 * bench.most):
+        options = {"start_passes": 4, "tolerance": 0.02}
+        start = tune_marginal(bench, weights, alphas, target, steps=0, **options)
+        found = tune_marginal(bench, weights, alphas, target, steps=6, **options)
+        assert start.mix == 0
+        assert kl_of(found.measured, held) <= kl_of(start.measured, held)
+        assert torch.equal(found.thresholds, start.thresholds) == (found.mix == 0)
+        mixes.add(found.mix)
+    assert mixes <= {0.0, 0.5, 1.0}
+    assert mixes != {0.0}  # or nothing above would say that the costs lead anywhere
+    measured = bench.meter.unskipped
+    assert kl_of(measured, np.zeros(9, dtype=np.bool_)) == pytest.approx(measured.kl)
+
+
+def test_marginal_repeats_itself_and_says_what_it_measured(model, batches, profile, bench):
     target = 0.6 * bench.most
     options: dict[str, Any] = {"start_passes": 4, "tolerance": 0.02, "progress": False}
-    start = marginal(model, batches, profile, target, steps=0, **options)
     one, two = (marginal(model, batches, profile, target, steps=4, **options) for _ in range(2))
     assert one == two
-    assert one.kl <= start.kl
     assert one.measured_skip == pytest.approx(target, abs=0.02)
     assert one.method == "marginal"
     rule = thresholds(block_alphas(one, bench.meter.blocks), one.tau_text, one.tau_vision)
