@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from modes_fx import prefix as prefix_module
 from modes_fx.blocks import find_blocks
+from modes_fx.calibration import prefix as prefix_module
 from modes_fx.calibration.calibrate import calibrate
 from modes_fx.profile import Profile
 from modes_fx.testing import FAMILIES, SPECIAL, tiny_inputs, tiny_qwen3_vl_moe
