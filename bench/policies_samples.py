@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from policies import RESULTS
-from policy_rows import Subject, Tuning, said
+from policy_rows import Subject, Tuning, said, test_bench
 from policy_tables import MARGINAL, Row, load, markdown, save
 
 from modes_fx import demo
 from modes_fx.batches import Batch
-from modes_fx.measure import Meter
+from modes_fx.policies.policy import Bench
 from modes_fx.policies.two_thresholds import tempered
 from modes_fx.profile import write_atomically
 
@@ -78,7 +78,8 @@ def table(record: Row) -> str:
             row["policy"],
             f"{row['calibration_skip']:.1%}",
             f"{row['calibration_kl']:.5f}",
-            f"{row['skip']:.1%}",
+            f"{row['as_tuned_skip']:.1%}",
+            f"{row['as_tuned_kl']:.5f}",
             f"{row['kl']:.5f}, {row['kl_low']:.5f} to {row['kl_high']:.5f}",
             f"{row['accuracy']:.1%}",
         ]
@@ -86,7 +87,7 @@ def table(record: Row) -> str:
         if "kl" in row
     ]
     titles = ["calibrated on", "samples", "seed", "policy", "skip there", "KL there"]
-    titles += ["skip on test", "KL on test, 95 %", "accuracy"]
+    titles += ["skip on test", "KL on test", "KL on test at the rate, 95 %", "accuracy there"]
     lines = ["# What calibration samples change", "", record["about"], ""]
     return "\n".join([*lines, *markdown(titles, cells)]) + "\n"
 
@@ -104,8 +105,7 @@ def main() -> None:
     torch.set_num_threads(1)
     settings = {name: getattr(args, name) for name in ("rate", "test", "test_seed", "passes")}
     subject = Subject()
-    fresh = subject.batches("test", args.test, 65, seed=args.test_seed)
-    test: Meter | None = None
+    test: Bench | None = None
     path = args.record.with_suffix(".json")
     record = load(path)
     if record.get("settings") != settings:
@@ -119,8 +119,8 @@ def main() -> None:
     for what, batches in data(subject):
         if {**what, "policy": MARGINAL} in done:
             continue
-        tuning = Tuning(subject, batches, batches, args.passes)
-        test = test or Meter(subject.model, fresh, *tuning.bench.meter.ids)
+        tuning = Tuning(subject, batches, batches, args.passes, as_tuned=True)
+        test = test or test_bench(subject, tuning, args.test, args.test_seed)
         for row in (
             tuning.row(tempered(tuning.alphas(tuning.profile)), args.rate, test),
             tuning.marginal(args.rate, test),

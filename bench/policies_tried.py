@@ -15,12 +15,11 @@ from pathlib import Path
 
 import torch
 from policies import RESULTS, prepare
-from policy_rows import Tuning, said
+from policy_rows import Tuning, as_found, said
 from policy_tables import MARGINAL, Row, at, difference, load, markdown, save, verdict
 from torch import Tensor
 
 from modes_fx.blocks import Block
-from modes_fx.policies.equal_cost import group_rule
 from modes_fx.policies.policy import Policy, ranks
 from modes_fx.policies.two_thresholds import Alphas, dmt, modes, power, tempered
 from modes_fx.profile import write_atomically
@@ -35,15 +34,6 @@ def first_kept(policy: Policy) -> Policy:
         return lambda block, weights, tokens: plain(block, weights, tokens) & (ranks(weights) > 0)
 
     return replace(policy, name=f"{policy.name}, first choice kept", rule=rule)
-
-
-def as_found(limits: Tensor) -> Policy:
-    """The thresholds that `marginal` found, all times a factor."""
-
-    def rule(shape: Sequence[float], strength: float) -> Rule:
-        return group_rule(limits * math.exp(strength))
-
-    return Policy(MARGINAL, "this package", rule, (-3.0, 3.0))
 
 
 def by_phase(alphas: Alphas) -> Policy:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,22 +14,24 @@ from demo_internvl import for_internvl
 from demo_internvl import load as load_internvl
 from kept_experts import leave_out_dropped
 from policy_tables import MARGINAL, SEARCH, Row
+from torch import Tensor
 
 from modes_fx import demo
 from modes_fx.batches import Batch
 from modes_fx.calibration.calibrate import calibrate
 from modes_fx.errors import SearchError
 from modes_fx.measure import Measured, Meter, bootstrap
-from modes_fx.modality import OTHER, TEXT, VISION
-from modes_fx.policies.equal_cost import GroupWeights, tune_marginal
+from modes_fx.modality import TEXT, VISION
+from modes_fx.policies.equal_cost import GroupWeights, group_rule, tune_marginal
 from modes_fx.policies.policy import Bench, PairRecorder, Policy, tune
 from modes_fx.profile import Profile
-from modes_fx.skipping import Tokens, block_alphas, keep_all, thresholds
+from modes_fx.skipping import Rule, Tokens, block_alphas, keep_all, thresholds
 from modes_fx.threshold_search.search import ThresholdSearch, choose_exponent
 
 # Rows that DiEP compares experts on.
 _REMEMBERED = 256
-_TOLERANCE = 0.005  # of the skip rate, for all
+# Of the skip rate, for all: where policies are tuned, and where they are compared.
+_TOLERANCE, _ON_TEST = 0.005, 0.001
 
 
 class Subject:
@@ -60,13 +64,24 @@ class Tuning:
         samples: To tune on.
         few: To measure alpha on.
         passes: Over the samples, per policy.
+        as_tuned: Whether rows also have skip rate and KL on the test samples as the policy was tuned, without
+            meeting the rate there.
     Attributes:
         bench: What the policies are tuned on.
         hidden: Per block, rows that its experts were given, `[n, H]`.
     """
 
-    def __init__(self, subject: Subject, samples: Sequence[Batch], few: Sequence[Batch], passes: int) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        samples: Sequence[Batch],
+        few: Sequence[Batch],
+        passes: int,
+        *,
+        as_tuned: bool = False,
+    ) -> None:
         self._subject, self._samples, self._few, self.passes = subject, samples, few, passes
+        self._as_tuned = as_tuned
         self.profile = self._calibrated("modality")
         ids = (self.profile.visual_token_ids, self.profile.special_token_ids)
         pairs, self._weights = PairRecorder(hidden=True), GroupWeights(len(self.profile.layers))
@@ -99,7 +114,7 @@ class Tuning:
     def alphas(self, profile: Profile) -> list[tuple[float, float]]:
         return block_alphas(profile, self.bench.meter.blocks)
 
-    def row(self, policy: Policy, rate: float, test: Meter) -> Row:
+    def row(self, policy: Policy, rate: float, test: Bench) -> Row:
         """`policy` tuned to skip `rate` of the pairs of text and vision, and what it measures on `test`."""
         row: Row = {"policy": policy.name, "source": policy.source, "rate": rate}
         try:
@@ -108,10 +123,10 @@ class Tuning:
         except SearchError as error:
             return row | {"unreached": str(error)}
         row |= {"shape": found.shape, "passes": round(found.passes, 1)}
-        tested = test.measure(found.rule, renormalise=found.renormalise)
-        return row | figures(found.measured, self.bench.meter, "calibration_") | tested_row(tested, test)
+        row |= figures(found.measured, self.bench, "calibration_")
+        return row | self._tested(replace(policy, shape=found.shape), rate, test, found.rule)
 
-    def searched(self, rate: float, test: Meter) -> Row:
+    def searched(self, rate: float, test: Bench) -> Row:
         """The same for what `modes_fx.search` finds with its defaults."""
         target = rate * self.bench.most
         before = len(self._search.frontier.points)
@@ -122,15 +137,21 @@ class Tuning:
         except SearchError as error:
             return row | {"unreached": str(error)}
         row |= {"power": best.exponent, "passes": len(self._search.frontier.points) - before}
-        rule = thresholds(self.alphas(best.profile), point.tau_text, point.tau_vision)
-        found, tested = self.bench.meter.measure(rule), test.measure(rule)
-        return row | figures(found, self.bench.meter, "calibration_") | tested_row(tested, test)
+        taus = (point.tau_text, point.tau_vision)
+        found = self.bench.measure(thresholds(self.alphas(best.profile), *taus), False)
+        limits = [
+            [tau / alpha if alpha else math.inf for alpha, tau in zip(pair, taus, strict=True)]
+            for pair in self.alphas(best.profile)
+        ]
+        policy = as_found(torch.tensor(limits))
+        row |= figures(found, self.bench, "calibration_")
+        return row | self._tested(policy, rate, test, policy.rule((), 0.0))
 
     @cached_property
     def _search(self) -> ThresholdSearch:
         return ThresholdSearch(self._subject.model, self._samples, self.profile)
 
-    def marginal(self, rate: float, test: Meter) -> Row:
+    def marginal(self, rate: float, test: Bench) -> Row:
         """The same for `modes_fx.policies.marginal`."""
         # Half for the start, a third for the steps (three passes over a batch), the rest to meet the rate.
         steps = round(self.passes / 3 * self.bench.meter.survey.num_batches / 3)
@@ -146,31 +167,60 @@ class Tuning:
         row: Row = {"policy": MARGINAL, "source": "this package", "rate": rate, "mix": found.mix}
         row |= {"passes": round(found.passes, 1), "marginal_costs": found.costs.tolist()}
         row |= {"thresholds": [[str(x) for x in pair] for pair in found.thresholds.tolist()]}
-        tested = test.measure(found.rule)
-        return row | figures(found.measured, self.bench.meter, "calibration_") | tested_row(tested, test)
+        row |= figures(found.measured, self.bench, "calibration_")
+        return row | self._tested(as_found(found.thresholds), rate, test, found.rule)
+
+    def _tested(self, policy: Policy, rate: float, test: Bench, tuned: Rule) -> Row:
+        row = tested_row(measured_at(policy, rate, test, tuned), test)
+        if self._as_tuned:
+            row |= figures(test.measure(tuned, policy.renormalise), test, "as_tuned_")
+        return row
 
 
-def figures(measured: Measured, meter: Meter, prefix: str = "") -> Row:
+def test_bench(subject: Subject, tuning: Tuning, samples: int, seed: int) -> Bench:
+    """What policies are measured on."""
+    pairs = PairRecorder(hidden=True)
+    batches = subject.batches("test", samples, 65, seed=seed)
+    return Bench(Meter(subject.model, batches, *tuning.bench.meter.ids, observe=pairs), pairs)
+
+
+def as_found(limits: Tensor) -> Policy:
+    """Thresholds on the routing weight per block and modality, `[blocks, 2]`, all times a factor."""
+
+    def rule(shape: Sequence[float], strength: float) -> Rule:
+        return group_rule(limits * math.exp(strength))
+
+    return Policy(MARGINAL, "this package", rule, (-3.0, 3.0))
+
+
+def measured_at(policy: Policy, rate: float, test: Bench, tuned: Rule) -> Measured:
+    """`policy` at its shape, with the strength that meets the rate on the test samples too.
+
+    That takes no answers, and KL grows by up to a quarter per point of skipping, so that rates must be equal
+    for it to be compared. What comes in whole slots is measured as it was tuned.
+    """
+    try:
+        return tune(policy, test, rate * test.most, passes=0, tolerance=_ON_TEST).measured
+    except SearchError:
+        return test.measure(tuned, policy.renormalise)
+
+
+def figures(measured: Measured, bench: Bench, prefix: str = "") -> Row:
     """Skip rate (of text and vision, and of all pairs) and KL."""
     low, high = measured.kl_interval()
-    row = {"skip": measured.skip / most(meter), "skip_of_all": measured.skip}
+    row = {"skip": measured.skip / bench.most, "skip_of_all": measured.skip}
     row |= {"kl": measured.kl, "kl_low": low, "kl_high": high}
     return {prefix + name: value for name, value in row.items()}
 
 
-def most(meter: Meter) -> float:
-    """Share of the pairs that are of text and vision: special tokens are never skipped."""
-    return 1 - int(meter.counts.pairs[:, OTHER].sum()) / int(meter.counts.pairs.sum())
-
-
-def tested_row(measured: Measured, meter: Meter) -> Row:
+def tested_row(measured: Measured, test: Bench) -> Row:
     """Everything that is recorded of a policy on the test samples."""
     right = [float(verdict) for verdict in measured.right]
     tasks: dict[str, list[float]] = {}
     for task, verdict in zip(measured.tasks, right, strict=True):
         tasks.setdefault(task, []).append(verdict)
     return {
-        **figures(measured, meter),
+        **figures(measured, test),
         "flips": measured.flip_rate,
         "accuracy": sum(right) / len(right),
         "accuracy_interval": bootstrap(right, [1.0] * len(right)),

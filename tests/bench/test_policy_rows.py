@@ -7,7 +7,8 @@ import pytest
 import torch
 from kept_experts import leave_out_dropped
 from policies_samples import of_tasks
-from policies_tried import as_found, by_expert, by_phase, first_kept, output_lengths
+from policies_tried import by_expert, by_phase, first_kept, output_lengths
+from policy_rows import as_found
 from policy_tables import difference, load, save, tables, verdict
 
 from modes_fx import demo
