@@ -153,15 +153,15 @@ class Tuning:
 
     def marginal(self, rate: float, test: Bench) -> Row:
         """The same for `modes_fx.policies.marginal`."""
-        # Half for the start, a third for the steps (three passes over a batch), the rest to meet the rate.
-        steps = round(self.passes / 3 * self.bench.meter.survey.num_batches / 3)
+        # Most of the passes are for the start; a step takes three over a batch, and the rest meets the rate.
+        steps = round(0.18 * self.passes * self.bench.meter.survey.num_batches / 3)
         found = tune_marginal(
             self.bench,
             self._weights,
             self.alphas(self.profile),
             rate * self.bench.most,
             steps=steps,
-            start_passes=round(self.passes / 2),
+            start_passes=round(0.7 * self.passes),
             tolerance=_TOLERANCE,
         )
         row: Row = {"policy": MARGINAL, "source": "this package", "rate": rate, "mix": found.mix}
