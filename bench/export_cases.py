@@ -1,6 +1,6 @@
 """The shipped model at a wanted skip rate, without a search: what `bench/export_*.py` export."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,44 +9,54 @@ from torch import Tensor
 from modes_fx import demo
 from modes_fx.blocks import find_blocks
 from modes_fx.calibration.calibrate import token_ids
+from modes_fx.modality import OTHER
 from modes_fx.profile import Layer, Profile, fingerprint
-from modes_fx.skipping import Tokens, keep_all, skip
+from modes_fx.skipping import Counts, simulate
 
 RATES = (0.0, 0.5, 0.83, 1.0)
+TOLERANCE = 0.005
 
 
-def profile_at(model: Any, processor: Any, rate: float) -> Profile:
-    """A profile of equal alphas that drops the part `rate` of the text and vision pairs of 26 samples.
+def profile_at(model: Any, processor: Any, rate: float, calls: Sequence[Mapping[str, Tensor]]) -> Profile:
+    """A profile of equal alphas that drops the part `rate` of all pairs of these very calls, to `TOLERANCE`.
 
-    At 1 it drops all of them; special tokens keep theirs.
+    Special tokens keep their pairs, which count. At 1, all pairs that may be skipped are dropped.
     """
-    blocks = find_blocks(model)
+    if rate in (0, 1):
+        return equal_profile(model, processor, 0.0 if rate == 0 else float("inf"), rate)
+    low, high = 0.0, 1.0
+    while high - low > 1e-7:
+        profile = equal_profile(model, processor, (low + high) / 2, rate)
+        measured = measured_skip(model, profile, calls).skip()
+        if abs(measured - rate) <= TOLERANCE / 2:
+            return profile
+        low, high = (low, profile.tau_text) if measured > rate else (profile.tau_text, high)
+    raise RuntimeError(f"No threshold drops {rate} of the pairs; around {low} it jumps over it.")
+
+
+@torch.no_grad()
+def measured_skip(model: Any, profile: Profile, calls: Sequence[Mapping[str, Tensor]]) -> Counts:
+    """What the profile drops of these calls in the eager model."""
+    with simulate(model, profile) as counts:
+        for inputs in calls:
+            model(**inputs)
+    return counts
+
+
+def of_skippable(counts: Counts) -> float:
+    """The part that is dropped of the pairs that may be."""
+    return int(counts.dropped.sum()) / int(counts.pairs[:, :OTHER].sum())
+
+
+def equal_profile(model: Any, processor: Any, tau: float, rate: float) -> Profile:
+    """Alpha 1 everywhere, and both thresholds `tau`."""
     visual, special = token_ids(model, processor)
     layers = tuple(
         Layer(block.name, 1.0, 1.0, block.num_experts, block.top_k, fingerprint(block.router_weight))
-        for block in blocks
+        for block in find_blocks(model)
     )
     vocabulary, hidden = model.get_input_embeddings().weight.shape
-    tau = float("inf") if rate == 1 else _quantile(model, blocks, visual, special, rate)
     return Profile(layers, tau, tau, visual, special, vocabulary, hidden, target_skip=rate)
-
-
-def _quantile(
-    model: Any, blocks: Sequence[Any], visual: Sequence[int], special: Sequence[int], rate: float
-) -> float:
-    """The routing weight below which the part `rate` of the pairs of tokens that may be skipped lies."""
-    if rate == 0:
-        return 0.0
-    seen: list[Tensor] = []
-
-    def note(index: int, weights: Tensor, tokens: Tokens) -> Tensor:
-        seen.append(weights[(tokens.modality < 2) & tokens.real].flatten())
-        return keep_all(index, weights, tokens)
-
-    with torch.no_grad(), skip(model, blocks, note, visual, special):
-        for batch in demo.batches("calibration", 26):
-            model(**batch.inputs)
-    return float(torch.quantile(torch.cat(seen), rate))
 
 
 def examples(rows: int = 2) -> list[dict[str, Tensor]]:

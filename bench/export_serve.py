@@ -7,6 +7,7 @@ passes the cache on. A model of your own has its own tokenizer and picture proce
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer
 from modes_fx.aot.loaded import ExportedModel, load
 from modes_fx.demo.pictures import ASSETS
 from modes_fx.demo.text import IMAGE, MERGE, PATCH, SPECIAL, prompt_text
+from modes_fx.errors import ExportError
 
 MAX_NEW_TOKENS = 8
 
@@ -28,8 +30,12 @@ def main() -> None:
     parser.add_argument("picture", type=Path, help="A picture of a size that was exported.")
     parser.add_argument("question")
     options = parser.parse_args()
+    try:
+        program = load(options.folder)
+    except ExportError as error:
+        sys.exit(str(error))
     picture = np.asarray(Image.open(options.picture).convert("RGB"))
-    print(answer(load(options.folder), picture, options.question))
+    print(answer(program, picture, options.question))
 
 
 def answer(program: ExportedModel, picture: Any, question: str) -> str:

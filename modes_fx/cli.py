@@ -1,4 +1,4 @@
-"""The command line: `modes-fx demo | calibrate | search | explain | evaluate | show`.
+"""The command line: `modes-fx demo | calibrate | search | explain | evaluate | export | show`.
 
 Whatever the user can put right is one sentence on standard error and exit code 2; a traceback is a bug.
 Only the command that runs imports torch and transformers, so that --help is quick.
@@ -112,13 +112,14 @@ class Source(Loading):
         batches = self.batches(model, processor)
         return self.model(model), processor, batches
 
-    def batches(self, model: str, processor: Any) -> Any:
+    def batches(self, model: str, processor: Any, *, rows: int | None = None) -> Any:
+        """Samples, `rows` of them in a batch in place of what the options say."""
         if self.data is None:
             if model != "demo":
                 raise ModesError("A model of your own needs --data; only the demo has samples inside.")
             from modes_fx import demo as shipped
 
-            return shipped.batches("calibration", self.samples or 130)
+            return shipped.batches("calibration", self.samples or 130, batch_size=rows or 16)
         from modes_fx.data import ChatBatches, Columns, PictureTable, load_rows
 
         pictures = None
@@ -135,7 +136,7 @@ class Source(Loading):
                 prompt=self.prompt,
             ),
             pictures=pictures,
-            batch_size=self.batch_size,
+            batch_size=rows or self.batch_size,
             samples=self.samples,
             seed=self.seed,
             template=dict(map(_template_argument, self.template or [])),
@@ -308,8 +309,11 @@ def explain(profile: ProfileArgument, source: Source, model: ModelOption = "demo
 
     loaded_profile = modes_fx.Profile.load(profile)
     loaded, _, batches = dataclasses.replace(source, samples=1).load(model)
-    inputs = {name: value for name, value in batches[0].items() if name not in ("labels", "task")}
-    typer.echo(str(modes_fx.explain(loaded, loaded_profile, **inputs)))
+    typer.echo(str(modes_fx.explain(loaded, loaded_profile, **_inputs(batches[0]))))
+
+
+def _inputs(batch: Any) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name not in ("labels", "task")}
 
 
 @app.command()
@@ -356,6 +360,61 @@ def evaluate(
     if out is not None:
         write_atomically(out, json.dumps(dataclasses.asdict(found), indent=2) + "\n")
     print_evaluation(found)
+
+
+@app.command()
+@takes(Source)
+def export(
+    model: Annotated[str, typer.Argument(help=_MODEL)],
+    profile: ProfileArgument,
+    target: Annotated[str, typer.Option(help="What to write: aoti, onnx, tensorrt-rtx or tensorrt.")],
+    out: Annotated[Path, typer.Option(help="Folder for the programs; an export in it is replaced.")],
+    source: Source,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most rows of a call.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a prefill.")] = 4096,
+    max_cache: Annotated[int, typer.Option(min=1, help="Most tokens that a decode step finds.")] = 8192,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE of the target, VALUE in JSON, e.g. 'compute_capabilities=[\"SM89\"]'."),
+    ] = None,
+) -> None:
+    """Write a model that skips what a profile drops as programs that run without either.
+
+    They are traced with samples; the vision encoder is written for each size of picture among these (of 26
+    samples unless --samples says otherwise).
+
+    Example:  modes-fx export path/to/model model.modes.json --target onnx --out served --data q.jsonl
+    """
+    import modes_fx
+    from modes_fx.aot.targets import module_of
+    from modes_fx.tables import print_export
+
+    module_of(target)
+    chosen = modes_fx.Profile.load(profile)
+    options = dict(map(_target_option, option or []))
+    processor = source.processor(model)
+    samples = dataclasses.replace(source, samples=source.samples or 26)
+    batches = samples.batches(model, processor, rows=min(2, max_batch))
+    manifest = modes_fx.export(
+        source.model(model),
+        chosen,
+        [_inputs(batch) for batch in batches],
+        out,
+        target=target,
+        dynamic={"batch": (1, max_batch), "tokens": (1, max_tokens), "cache": (1, max_cache)},
+        options=options,
+    )
+    print_export(manifest, out)
+
+
+def _target_option(text: str) -> tuple[str, Any]:
+    import json
+
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        raise ModesError(f"--option takes NAME=VALUE with a value in JSON, got {text!r}.") from None
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """What the command line prints about profiles and results, as rich tables."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -8,6 +9,7 @@ from rich.table import Table
 from modes_fx.profile import Profile
 
 if TYPE_CHECKING:
+    from modes_fx.aot.manifest import Manifest
     from modes_fx.evaluation import Evaluation
     from modes_fx.main_job import Results
 
@@ -41,6 +43,29 @@ def print_profile(profile: Profile, console: Console) -> None:
         f"visual token ids {list(profile.visual_token_ids)}, special {list(profile.special_token_ids)}\n"
         f"made with {versions or 'unknown versions'}; digest {profile.digest()[:12]}"
     )
+
+
+def print_export(manifest: "Manifest", folder: Path) -> None:
+    """A row per file, what the target reports of it, and what calls it takes."""
+    programs = [*manifest.programs.values(), *(picture.program for picture in manifest.pictures)]
+    reports = {program.file: manifest.details.get(Path(program.file).stem) for program in programs}
+    table = Table("file", "size (MB)", "report", title=f"{manifest.model} for {manifest.target}")
+    for name, entry in manifest.files.items():
+        report = reports.get(name) or {}
+        said = ", ".join(f"{key} {value}" for key, value in report.items())
+        table.add_row(name, f"{entry['bytes'] / 1e6:.1f}", said)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"up to {manifest.batch.max} rows, {manifest.tokens.max} tokens of a prefill, {manifest.cache.max} "
+        f"tokens in the cache; {_picture_sizes(manifest)}\nWrote {folder}",
+        soft_wrap=True,
+    )
+
+
+def _picture_sizes(manifest: "Manifest") -> str:
+    sizes = [" x ".join(map(str, picture.grid or picture.shape)) for picture in manifest.pictures]
+    return f"pictures of {', '.join(sizes)} patches" if sizes else "no pictures"
 
 
 def print_evaluation(found: "Evaluation") -> None:

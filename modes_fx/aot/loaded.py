@@ -157,7 +157,7 @@ class ExportedModel:
         last = (mask.long() * torch.arange(1, mask.shape[1] + 1)).argmax(dim=1)
         output = self(attention_mask=mask, **inputs)
         token = output.logits[torch.arange(len(last)), last].argmax(-1, keepdim=True)
-        ends = torch.tensor(self.manifest.eos_token_ids, dtype=token.dtype)
+        ends = torch.tensor(self.manifest.eos_token_ids, dtype=token.dtype, device=token.device)
         found = [token]
         while len(found) < max_new_tokens and not bool(torch.isin(token, ends).all()):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)

@@ -1,16 +1,17 @@
 """`ai.modes_fx::MaskedMoE` in ONNX's own operators: the body of the function that a file carries.
 
-A runtime that knows the operator may run it whole; any other one inlines the body. Pairs are sorted
-by counting into blocks of B rows, each of one expert, and both products are batched over the blocks:
+A runtime that knows the operator may run it whole; any other one inlines the body. Two ways, for two kinds
+of runtime:
 
-    slot of a pair = B * (blocks of earlier experts) + its rank among the pairs of its expert
-    y[block]       = formula(x[rows of block] @ gate_up[expert of block]) @ down[expert of block]
+    sparse   kept pairs alone (NonZero), ordered by expert, and one product for each expert on just its rows;
+             what is not kept takes no time. As constants, the matrices of the experts are split once, when
+             the file is loaded, and packed as the runtime likes them.
+    static   sizes follow from the number of tokens alone, as TensorRT-RTX wants them. Pairs are sorted by
+             counting into blocks of B rows, each of one expert, and both products are batched over the
+             blocks; there are as many as all pairs could need, and dropped pairs lie in none:
 
-Two ways, for two kinds of runtime:
-
-    sparse   dropped pairs are taken out first (NonZero), and there are as many blocks as kept pairs need
-    static   sizes follow from the number of tokens alone, as TensorRT-RTX wants them: there are as many
-             blocks as all pairs could need, and dropped pairs lie in none
+             slot of a pair = B * (blocks of earlier experts) + its rank among the pairs of its expert
+             y[block]       = formula(x[rows of block] @ gate_up[expert of block]) @ down[expert of block]
 
 Expert weights are `[E, H, 2I]` and `[E, I, H_out]` here, as the products want them. Thresholds are
 compared, and a token's pairs are summed, in float32.
@@ -31,7 +32,7 @@ DOMAIN_VERSION = 1
 OPSET = 20
 ATTRIBUTES = {
     **dict.fromkeys(("alpha_text", "alpha_vision", "tau_text", "tau_vision"), onnx.AttributeProto.FLOAT),
-    "block": onnx.AttributeProto.INT,
+    "block": onnx.AttributeProto.INT,  # B, for the static way
     "layer": onnx.AttributeProto.STRING,  # for people who read the graph
 }
 
@@ -43,6 +44,7 @@ class Variation:
     """What two calls must share to share one function. The fields are those of `kernels.masked_moe.Call`."""
 
     activation: str
+    num_experts: int
     has_modality: bool
     has_gate_up_bias: bool
     has_down_bias: bool
@@ -54,6 +56,7 @@ class Variation:
     def of(cls, call: Call) -> "Variation":
         return cls(
             activation=str(call.formula),
+            num_experts=call.gate_up.shape[0],
             has_modality=call.modality is not None,
             has_gate_up_bias=call.gate_up_bias is not None,
             has_down_bias=call.down_bias is not None,
@@ -75,32 +78,8 @@ def write_function(name: str, variation: Variation, *, sparse: bool) -> onnx.Fun
     body = _Body()
     keep = _keep(body, variation.has_modality)
     weights = body("Reshape", _kept_weights(body, keep, variation.renormalise), body.ints(-1))
-    experts = body("Reshape", "experts", body.ints(-1))
-    flat_keep = body("Reshape", keep, body.ints(-1))
-    slots = body("Shape", "scores", start=1, end=2)
-    if sparse:
-        pairs = body("Reshape", body("NonZero", flat_keep), body.ints(-1))
-        experts, weights = body("Gather", experts, pairs), body("Gather", weights, pairs)
-    else:
-        pairs = body.count(body("Size", keep))
-        experts = body("Where", flat_keep, experts, body("Shape", "gate_up", start=0, end=1))
-    tokens = body("Div", pairs, slots)
-    layout = _Layout(body, experts, None if sparse else flat_keep, slots)
-    y = _products(body, variation, layout, tokens, weights)
-    own = body("Cast", body("Gather", y, layout.slot), to=TensorProto.FLOAT)
-    if not variation.weights_on_input:
-        own = body("Mul", own, body("Unsqueeze", weights, body.ints(1)))
-    num_tokens = body("Shape", "hidden", start=0, end=1)
-    width = body("Shape", "down", start=2, end=3)
-    if sparse:
-        empty = body("Expand", body.floats(0.0), body("Concat", num_tokens, width, axis=0))
-        where = body("Unsqueeze", tokens, body.ints(1))
-        total = body("ScatterND", empty, where, own, reduction="add")
-    else:
-        # What lies in no block reads another pair's row; 0 * inf would not be 0.
-        own = body("Where", body("Unsqueeze", flat_keep, body.ints(1)), own, body.floats(0.0))
-        by_token = body("Reshape", own, body("Concat", num_tokens, slots, width, axis=0))
-        total = body("ReduceSum", by_token, body.ints(1), keepdims=0)
+    keep = body("Reshape", keep, body.ints(-1))
+    total = (_by_expert if sparse else _in_blocks)(body, variation, keep, weights)
     body("CastLike", total, "hidden", output="out")
     return helper.make_function(
         DOMAIN,
@@ -124,6 +103,12 @@ class _Body:
         output = output or f"v{len(self.nodes)}"
         self.nodes.append(helper.make_node(operator, inputs, [output], **attributes))
         return output
+
+    def several(self, operator: str, *inputs: str, outputs: int, **attributes: Any) -> list[str]:
+        """The results of an operator that has more than one."""
+        names = [f"v{len(self.nodes)}_{i}" for i in range(outputs)]
+        self.nodes.append(helper.make_node(operator, inputs, names, **attributes))
+        return names
 
     def ints(self, *values: int) -> str:
         """An int64 vector."""
@@ -184,52 +169,125 @@ def _kept_weights(body: _Body, keep: str, renormalise: bool) -> str:
     return body("Where", body("Greater", left, body.floats(0.0)), rescaled, kept)
 
 
+def _by_expert(body: _Body, variation: Variation, keep: str, weights: str) -> str:
+    """The sum over each token's kept pairs, `[T, H_out]`, float32: the sparse way.
+
+    Args:
+        keep, weights: Of all pairs, `[T * K]`.
+    """
+    pairs = body("Reshape", body("NonZero", keep), body.ints(-1))
+    experts = body("Gather", body("Reshape", "experts", body.ints(-1)), pairs)
+    num_pairs = body("Shape", experts)
+    counts = body(
+        "ScatterElements",
+        body("Expand", body.ints(0), body.ints(variation.num_experts)),
+        experts,
+        body("Expand", body.ints(1), num_pairs),
+        reduction="add",
+    )
+    # Equal ones stay in their order.
+    experts, order = body.several("TopK", experts, num_pairs, outputs=2, largest=0)
+    pairs = body("Gather", pairs, order)
+    weights = body("Gather", weights, pairs)
+    tokens = body("Div", pairs, _slots(body))
+
+    def product(x: str, matrices: str, bias: str | None) -> str:
+        rows = body.several("Split", x, counts, outputs=variation.num_experts, axis=0)
+        each = body.several(
+            "Split", matrices, outputs=variation.num_experts, axis=0, num_outputs=variation.num_experts
+        )
+        results = [
+            body("MatMul", row, body("Squeeze", matrix, body.ints(0)))
+            for row, matrix in zip(rows, each, strict=True)
+        ]
+        y = body("Concat", *results, axis=0)
+        return y if bias is None else body("Add", y, body("Gather", bias, experts))
+
+    x = body("Gather", "hidden", tokens)
+    if variation.weights_on_input:
+        x = _scaled(body, x, weights)
+    y = product(x, "gate_up", "gate_up_bias" if variation.has_gate_up_bias else None)
+    y = _formula(body, parse(variation.activation), y, variation.interleaved)
+    y = product(y, "down", "down_bias" if variation.has_down_bias else None)
+    own = body("Cast", y, to=TensorProto.FLOAT)
+    if not variation.weights_on_input:
+        own = body("Mul", own, body("Unsqueeze", weights, body.ints(1)))
+    size = body("Concat", _num_tokens(body), _width(body), axis=0)
+    empty, where = body("Expand", body.floats(0.0), size), body("Unsqueeze", tokens, body.ints(1))
+    return body("ScatterND", empty, where, own, reduction="add")
+
+
+def _in_blocks(body: _Body, variation: Variation, keep: str, weights: str) -> str:
+    """As `_by_expert`, the static way."""
+    layout = _Layout(body, keep)
+    tokens = body("Div", body.count(layout.num_pairs), _slots(body))
+    x = body("Gather", "hidden", layout.scatter(tokens, body.ints(0)))
+    if variation.weights_on_input:
+        x = _scaled(body, x, layout.scatter(weights, body.floats(0.0)))
+    x = layout.in_blocks(x, body("Shape", "hidden", start=1, end=2))
+
+    def product(x: str, matrices: str, bias: str | None) -> str:
+        y = body("MatMul", x, body("Gather", matrices, layout.owner))
+        if bias is None:
+            return y
+        return body("Add", y, body("Unsqueeze", body("Gather", bias, layout.owner), body.ints(1)))
+
+    y = product(x, "gate_up", "gate_up_bias" if variation.has_gate_up_bias else None)
+    y = _formula(body, parse(variation.activation), y, variation.interleaved)
+    y = product(y, "down", "down_bias" if variation.has_down_bias else None)
+    y = body("Reshape", y, body("Concat", layout.num_rows, _width(body), axis=0))
+    own = body("Cast", body("Gather", y, layout.slot), to=TensorProto.FLOAT)
+    if not variation.weights_on_input:
+        own = body("Mul", own, body("Unsqueeze", weights, body.ints(1)))
+    # What lies in no block reads another pair's row; 0 * inf would not be 0.
+    own = body("Where", body("Unsqueeze", keep, body.ints(1)), own, body.floats(0.0))
+    size = body("Concat", _num_tokens(body), _slots(body), _width(body), axis=0)
+    return body("ReduceSum", body("Reshape", own, size), body.ints(1), keepdims=0)
+
+
 class _Layout:
-    """Where pairs lie. P pairs are given, of which those of expert E (one too many) lie nowhere.
+    """Where the pairs lie; those that are not kept lie nowhere.
 
     Attributes:
+        num_pairs: P, `[1]`.
         slot: Row of each pair among the rows of all blocks, `[P]`; 0 for a pair that lies nowhere.
         owner: Expert of each block, `[N]`.
         num_blocks, num_rows: N and N * B, `[1]`.
     """
 
-    def __init__(self, body: _Body, experts: str, keep: str | None, slots: str) -> None:
-        self._body, self._keep = body, keep
-        block = body("Reshape", body.attribute("block", "int"), body.ints(1))
+    def __init__(self, body: _Body, keep: str) -> None:
+        self._body = body
+        self.num_pairs = body("Mul", _num_tokens(body), _slots(body))
+        self.block = body("Reshape", body.attribute("block", "int"), body.ints(1))
         num_experts = body("Shape", "gate_up", start=0, end=1)
+        # An expert too many, which none of them is.
+        experts = body("Where", keep, body("Reshape", "experts", body.ints(-1)), num_experts)
         of_expert = body("Equal", body("Unsqueeze", experts, body.ints(1)), body.count(num_experts))
         chosen = body("Cast", of_expert, to=TensorProto.INT64)
         so_far = body("CumSum", chosen, body.scalar(0))
         count = body("ReduceSum", chosen, body.ints(0), keepdims=0)
         rank = body("ReduceSum", body("Mul", chosen, so_far), body.ints(1), keepdims=0)
         rank = body("Sub", rank, body.ints(1))
-        blocks = body("Div", body("Add", count, body("Sub", block, body.ints(1))), block)
+        last = body("Sub", self.block, body.ints(1))
+        blocks = body("Div", body("Add", count, last), self.block)
         end = body("CumSum", blocks, body.scalar(0))
         first = body("Sub", end, blocks)
         start = body("ReduceSum", body("Mul", chosen, first), body.ints(1), keepdims=0)
-        self.slot = body("Add", body("Mul", start, block), rank)
-        if keep is None:
-            self.num_blocks = body("ReduceSum", blocks, keepdims=1)
-        else:
-            num_pairs = body("Mul", body("Shape", "hidden", start=0, end=1), slots)
-            # Full blocks, and one more that is begun for each expert.
-            self.num_blocks = body("Add", body("Div", num_pairs, block), num_experts)
-        self.num_rows = body("Mul", self.num_blocks, block)
-        self.block = block
+        slot = body("Add", body("Mul", start, self.block), rank)
+        # The most that there can be: of each expert that has a pair, all rows of a block but one are empty.
+        empty = body("Mul", body("Min", num_experts, self.num_pairs), last)
+        self.num_blocks = body("Div", body("Add", self.num_pairs, empty), self.block)
+        self.num_rows = body("Mul", self.num_blocks, self.block)
         before = body("GreaterOrEqual", body("Unsqueeze", body.count(self.num_blocks), body.ints(1)), end)
         owner = body("ReduceSum", body("Cast", before, to=TensorProto.INT64), body.ints(1), keepdims=0)
-        self.owner = owner
-        if keep is not None:
-            self.owner = body("Min", owner, body("Sub", num_experts, body.ints(1)))
-            # One more row takes what lies nowhere.
-            self._scattered = body("Where", keep, self.slot, self.num_rows)
-            self.slot = body("Where", keep, self.slot, body.ints(0))
+        self.owner = body("Min", owner, body("Sub", num_experts, body.ints(1)))
+        # One more row takes what lies nowhere.
+        self._scattered = body("Where", keep, slot, self.num_rows)
+        self.slot = body("Where", keep, slot, body.ints(0))
 
     def scatter(self, values: str, fill: str) -> str:
         """`values`, one for each pair, at their slots, `[N * B]`; `fill` elsewhere."""
         body = self._body
-        if self._keep is None:
-            return body("ScatterElements", body("Expand", fill, self.num_rows), self.slot, values)
         with_spare = body("Add", self.num_rows, body.ints(1))
         all_rows = body("ScatterElements", body("Expand", fill, with_spare), self._scattered, values)
         return body("Slice", all_rows, body.ints(0), self.num_rows)
@@ -239,27 +297,25 @@ class _Layout:
         return self._body("Reshape", rows, self._body("Concat", self.num_blocks, self.block, width, axis=0))
 
 
-def _products(body: _Body, variation: Variation, layout: _Layout, tokens: str, weights: str) -> str:
-    """What the experts give in every row of every block, `[N * B, H_out]`, the dtype of `hidden`."""
-    x = body("Gather", "hidden", layout.scatter(tokens, body.ints(0)))
-    if variation.weights_on_input:
-        factor = body("Unsqueeze", layout.scatter(weights, body.floats(0.0)), body.ints(1))
-        scaled = body("Mul", body("Cast", x, to=TensorProto.FLOAT), factor)
-        x = body("CastLike", scaled, "hidden")
-    x = layout.in_blocks(x, body("Shape", "hidden", start=1, end=2))
-    y = body("MatMul", x, body("Gather", "gate_up", layout.owner))
-    if variation.has_gate_up_bias:
-        y = body("Add", y, _of_blocks(body, "gate_up_bias", layout))
-    y = _formula(body, parse(variation.activation), y, variation.interleaved)
-    y = body("MatMul", y, body("Gather", "down", layout.owner))
-    if variation.has_down_bias:
-        y = body("Add", y, _of_blocks(body, "down_bias", layout))
-    width = body("Shape", "down", start=2, end=3)
-    return body("Reshape", y, body("Concat", layout.num_rows, width, axis=0))
+def _scaled(body: _Body, rows: str, weights: str) -> str:
+    """`rows` times their weights, in float32, the dtype of `hidden`."""
+    factor = body("Unsqueeze", weights, body.ints(1))
+    return body("CastLike", body("Mul", body("Cast", rows, to=TensorProto.FLOAT), factor), "hidden")
 
 
-def _of_blocks(body: _Body, bias: str, layout: _Layout) -> str:
-    return body("Unsqueeze", body("Gather", bias, layout.owner), body.ints(1))
+def _num_tokens(body: _Body) -> str:
+    """T, `[1]`."""
+    return body("Shape", "hidden", start=0, end=1)
+
+
+def _slots(body: _Body) -> str:
+    """K, `[1]`."""
+    return body("Shape", "scores", start=1, end=2)
+
+
+def _width(body: _Body) -> str:
+    """H_out, `[1]`."""
+    return body("Shape", "down", start=2, end=3)
 
 
 def _formula(body: _Body, formula: Formula, y: str, interleaved: bool) -> str:
@@ -272,7 +328,7 @@ def _formula(body: _Body, formula: Formula, y: str, interleaved: bool) -> str:
         stride = body.ints(2 if interleaved else 1)
         ends = (both, both) if interleaved else (inner, both)
         parts = [
-            body("Slice", y, start, end, body.ints(2), stride)
+            body("Slice", y, start, end, body.ints(-1), stride)
             for start, end in zip((first, second), ends, strict=True)
         ]
     values: dict[str, str] = dict(zip(formula.variables, parts, strict=True))

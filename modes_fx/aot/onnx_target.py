@@ -86,7 +86,10 @@ def write_onnx(traced: Traced, path: Path, weights: "Weights", *, block_rows: in
     model = onnx_ir.to_proto(converted.model)
     model.functions.extend(write_function(name, kind, sparse=sparse) for kind, name in kinds.items())
     onnx.save(model, path)
-    onnx.checker.check_model(str(path), full_check=True)
+    # The full check knows no convolution in bfloat16, which operators have from opset 22 on.
+    convolutions = (node for node in converted.model.graph if node.op_type == "Conv")
+    is_known = all(node.outputs[0].dtype != onnx_ir.DataType.BFLOAT16 for node in convolutions)
+    onnx.checker.check_model(str(path), full_check=is_known)
 
 
 def open_program(folder: Path, manifest: Manifest, program: Program) -> Any:

@@ -26,6 +26,9 @@ from modes_fx.aot.manifest import Range
 from modes_fx.aot.positions import picture_positions, token_positions
 from modes_fx.errors import ExportError
 
+# Of transformers; other layers that hold keys and values hold more beside them.
+_CACHE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -95,7 +98,7 @@ class _Step(nn.Module):
             return_dict=True,
             **self._pictures(features),
         )
-        return (output.logits, *_cache_tensors(output.past_key_values))
+        return (output.logits, *_cache_tensors(output))
 
     def _pictures(self, features: list[Tensor]) -> dict[str, Any]:
         """What the model would have got from its vision encoder; the inverse of `_rows`."""
@@ -147,13 +150,13 @@ def trace(model: Any, batches: Sequence[Mapping[str, Tensor]], sizes: Sizes) -> 
         raise ExportError("inputs must hold one batch at least, to trace with.")
     example = _Example(model, batches[0], sizes)
     with torch.no_grad(), _exportable(model):
+        # Runs the model, which says best what its cache holds.
+        decode_inputs = example.decode()
         prefill = _trace(
             _Step(model, example.prefill, example.is_split),
             example.prefill,
             _prefill_shapes(example.prefill, sizes),
         )
-        outputs = prefill.outputs
-        decode_inputs = example.decode(outputs)
         step = _Step(model, decode_inputs, example.is_split)
         decode = _trace(step, decode_inputs, _decode_shapes(decode_inputs, sizes))
         sizes_of_pictures = _distinct_pictures(batches) if example.picture_token_id is not None else {}
@@ -238,16 +241,15 @@ class _Example:
             )
         return ours
 
-    def decode(self, outputs: tuple[str, ...]) -> dict[str, Tensor]:
+    def decode(self) -> dict[str, Tensor]:
         """One more token for each row, after the prefill."""
-        step = _Step(self.model, self.prefill, self.is_split)
-        results = dict(zip(outputs, step(*self.prefill.values()), strict=True))
+        _, *cache = _Step(self.model, self.prefill, self.is_split)(*self.prefill.values())
         mask, positions = self.prefill["attention_mask"], self.prefill["position_ids"]
         return {
             "input_ids": self.prefill["input_ids"][:, -1:],
             "attention_mask": torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1),
             "position_ids": positions[..., -1:] + 1,
-            **{f"past_{name}": value for name, value in results.items() if name != "logits"},
+            **{f"past_{name}": each for name, each in zip(_cache_names(len(cache)), cache, strict=True)},
         }
 
 
@@ -266,8 +268,7 @@ def _trace(module: nn.Module, inputs: Mapping[str, Tensor], shapes: Any) -> Trac
     if isinstance(module, _Picture):
         outputs = tuple(f"feature_{i}" for i in range(num_outputs))
     else:
-        layers = range((num_outputs - 1) // 2)
-        outputs = ("logits", *(f"{kind}_{i}" for i in layers for kind in ("key", "value")))
+        outputs = ("logits", *_cache_names(num_outputs - 1))
     return Traced(program, tuple(inputs), outputs)
 
 
@@ -336,15 +337,20 @@ def _rows(output: Any) -> list[Tensor]:
     return [each.reshape(-1, each.shape[-1]) for each in whole]
 
 
-def _cache_tensors(cache: Any) -> list[Tensor]:
-    found = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    tensors = [t for t in found if isinstance(t, Tensor) and t.dim() == 4]
-    if len(tensors) < len(found):
-        kinds = sorted({type(layer).__name__ for layer in cache.layers})
+def _cache_tensors(output: Any) -> list[Tensor]:
+    """Key and value of each layer, as `_cache_names` has them."""
+    layers = getattr(output.get("past_key_values"), "layers", [])
+    foreign = {type(layer).__name__ for layer in layers} - _CACHE_LAYERS
+    if foreign or not layers:
         raise ExportError(
-            f"The model's cache holds {', '.join(kinds)}, and only layers of keys and values can be exported."
+            f"The model's cache holds {', '.join(sorted(foreign)) or 'no layers'}, and only layers of keys "
+            "and values alone can be exported; serve the model with torch.compile."
         )
-    return tensors
+    return [getattr(layer, name) for layer in layers for name in ("keys", "values")]
+
+
+def _cache_names(number: int) -> list[str]:
+    return [f"{kind}_{i}" for i in range(number // 2) for kind in ("key", "value")]
 
 
 def _distinct_pictures(batches: Sequence[Mapping[str, Tensor]]) -> dict[tuple[int, ...] | None, Tensor]:

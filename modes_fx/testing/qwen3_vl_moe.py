@@ -14,6 +14,8 @@ def tiny_qwen3_vl_moe(
     top_k: int = 4,
     hidden: int = 32,
     intermediate: int = 16,
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int | None = None,
     deepstack: tuple[int, ...] = (0,),
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -22,6 +24,8 @@ def tiny_qwen3_vl_moe(
 
     Args:
         num_layers: Decoder layers, all with experts.
+        heads: Of queries, and of keys and values.
+        head_dim: By default a quarter of `hidden`.
         deepstack: Layers of the vision encoder whose features are added after the first decoder layers.
         seed: Of the weights; torch's global generator is left as it was.
     """
@@ -33,9 +37,9 @@ def tiny_qwen3_vl_moe(
         "intermediate_size": 2 * hidden,
         "moe_intermediate_size": intermediate,
         "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": hidden // 4,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "head_dim": head_dim or hidden // 4,
         "num_experts": num_experts,
         "num_experts_per_tok": top_k,
         "mlp_only_layers": [],
@@ -86,7 +90,7 @@ def tiny_qwen3_vl_moe(
 
 
 def tiny_inputs(
-    *, text: int = 9, grid: tuple[int, int] | None = (4, 4), batch: int = 1, seed: int = 0
+    *, text: int = 9, grid: tuple[int, int] | None = (4, 4), patch: int = 4, batch: int = 1, seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """Inputs for `tiny_qwen3_vl_moe`: special tokens, a picture, text.
 
@@ -94,9 +98,10 @@ def tiny_inputs(
         text: Text tokens after the picture.
         grid: Patches of the picture (height, width), multiples of 2, giving height * width / 4 visual tokens;
             None for no picture.
+        patch: Side of a patch in pixels.
     Returns:
         `input_ids`, `attention_mask`, `mm_token_type_ids`, each `[batch, S]`, int64; with a picture also
-        `pixel_values` `[batch * patches, 96]`, float32, and `image_grid_thw` `[batch, 3]`.
+        `pixel_values` `[batch * patches, 6 * patch * patch]`, float32, and `image_grid_thw` `[batch, 3]`.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = []
@@ -113,6 +118,6 @@ def tiny_inputs(
     }
     if grid is not None:
         patches = batch * grid[0] * grid[1]
-        inputs["pixel_values"] = torch.randn(patches, 3 * 2 * 4 * 4, generator=generator)
+        inputs["pixel_values"] = torch.randn(patches, 3 * 2 * patch * patch, generator=generator)
         inputs["image_grid_thw"] = torch.tensor([[1, *grid]] * batch)
     return inputs

@@ -36,6 +36,20 @@ def test_a_prefill_and_a_step():
     assert len(cache) == 2 * model.config.get_text_config().num_hidden_layers
 
 
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("qwen3_5_moe", "LinearAttentionLayer"),
+        ("granitemoehybrid", "LinearAttentionLayer"),
+        ("deepseek_v32", "DynamicIndexedLayer"),
+    ],
+)
+def test_a_cache_of_more_than_keys_and_values(name, layer):
+    family = FAMILIES[name]
+    with pytest.raises(ExportError, match=rf"cache holds .*{layer}.* keys and values alone can be exported"):
+        trace(family.build(), [family.inputs("text")], SIZES)
+
+
 def test_inputs_that_show_nothing():
     model = FAMILIES["mixtral"].build()
     with pytest.raises(ExportError, match="must hold input_ids"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import modes_fx
 from modes_fx import demo
@@ -41,7 +42,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", ["demo", "calibrate", "search", "explain", "show"])
+@pytest.mark.parametrize("command", ["demo", "calibrate", "search", "explain", "evaluate", "export", "show"])
 def test_every_command_has_help_with_an_example(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -125,6 +126,9 @@ def test_no_command_prints_the_help_and_fails(capsys):
             "/nowhere: there is no such data set",
         ),
         (["calibrate", "demo", "--out", "p.json", "--dtype", "int8"], "Invalid value for '--dtype'"),
+        (["export", "demo", "p.json", "--out", "x"], "Missing option '--target'"),
+        (["export", "demo", "p.json", "--target", "nope", "--out", "x"], "target must be one of aoti, onnx"),
+        (["export", "demo", "/nowhere", "--target", "aoti", "--out", "x"], "No such file or directory"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_code_2(capsys, arguments, message):
@@ -253,3 +257,38 @@ def test_of_several_processes_one_writes_and_speaks(folder, tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("Wrote ") == 1
     assert Profile.load(out).num_samples == 2
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
+    """A model of text alone, with one layer of experts, and its profile."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from modes_fx.testing import tiny_profile
+
+    path = tmp_path_factory.mktemp("experts")
+    sizes: Any = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts: Any = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=256, num_key_value_heads=1, **sizes, **experts))
+    model.save_pretrained(path)
+    demo.load()[1].tokenizer.save_pretrained(path)
+    tiny_profile(model).save(path / "p.json")
+    return path
+
+
+def test_export_of_a_model_folder(capsys, experts, folder, tmp_path):
+    pytest.importorskip("onnxscript")
+    out = tmp_path / "served"
+    data = ("--data", folder / "questions.jsonl", "--text-only")
+    given = (experts, experts / "p.json", "--target", "onnx", "--out", out, *data)
+    said = refused(capsys, "export", *given, "--option", "sparse=yes")
+    assert "--option takes NAME=VALUE with a value in JSON, got 'sparse=yes'" in said
+    code, printed, err = run(capsys, "export", *given, "--max-tokens", 64)
+    assert code == 0, err
+    assert f"Wrote {out}" in printed and "64 tokens of a prefill" in printed and "decode.onnx" in printed
+    program = modes_fx.load(out)
+    assert program.manifest.tokens.max == 64 and not program.manifest.pictures
+    assert program.generate(max_new_tokens=2, input_ids=torch.tensor([[9, 10, 11]])).shape == (1, 2)
+    (tmp_path / "mine").write_text("")
+    given = (experts, experts / "p.json", "--target", "onnx", "--out", tmp_path / "mine", *data)
+    assert "is no export of modes_fx" in refused(capsys, "export", *given)
