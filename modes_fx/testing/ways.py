@@ -29,6 +29,28 @@ NAMED = (
     *("qwen3_vl_moe", "qwen3_5_moe", "qwen3_omni_moe", "internvl+qwen3_moe", "internvl+gpt_oss"),
     *("kimi_k25+deepseek_v3", "glm4v_moe", "ernie4_5_vl_moe", "llama4", "aria", "gemma4", "minimax_m3_vl"),
 )
+# family -> another one whose MoE block runs the same code; between blocks they differ.
+SAME_BLOCK = {
+    **dict.fromkeys(("qwen3_moe", "mellum"), "qwen3_omni_moe"),
+    **dict.fromkeys(("qwen4_exp", "llava+qwen2_moe", "qwen3_next"), "qwen2_moe"),
+    "gpt_oss": "internvl+gpt_oss",
+    **dict.fromkeys(("internvl+mixtral", "minimax"), "mixtral"),
+    **dict.fromkeys(("internvl+olmoe", "flex_olmo"), "olmoe"),
+    **dict.fromkeys(("internvl+deepseek_v2", "deepseek_ocr2", "unlimited_ocr"), "deepseek_v2"),
+    **dict.fromkeys(
+        (
+            *("glm46v", "dots3_note", "bailing_hybrid", "deepseek_v3", "deepseek_v32", "dots1", "exaone_moe"),
+            *("glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "solar_open"),
+        ),
+        "glm4v_moe",
+    ),
+    "nemotron_h": "nemotron_h_omni",
+    "lfm2_moe": "lfm2_vl+lfm2_moe",
+    **dict.fromkeys(
+        ("llava+granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"), "granitemoe"
+    ),
+    "llava+phimoe": "phimoe",
+}
 STEPS = 4  # tokens that "generate" makes
 
 

@@ -13,6 +13,7 @@ from modes_fx.calibration.weight_scale import weight_scale
 from modes_fx.errors import ModesError
 from modes_fx.testing import FAMILIES, SPECIAL, VISION_END, VISION_START, Family, set_experts, tiny_profile
 from modes_fx.testing.families import UNBUILDABLE, UNSTACKED
+from modes_fx.testing.ways import SAME_BLOCK
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -231,3 +232,21 @@ def test_every_family_with_decorated_experts_is_in_the_zoo():
     }
     known = {part for name in FAMILIES for part in name.split("+")}
     assert marked - known == {name for name in UNBUILDABLE if " " not in name} & marked
+
+
+def block_code(model: nn.Module) -> list[Any]:
+    """What the modules of the first MoE block run: byte code, constants and names."""
+    root = dict(model.named_modules())[find_blocks(model)[0].name]
+    forwards = [
+        getattr(type(module).forward, "__wrapped__", type(module).forward).__code__
+        for module in root.modules()
+        # Activations are data of a configuration.
+        if type(module).__module__.startswith("transformers.models")
+    ]
+    plain = [[each for each in code.co_consts if not hasattr(each, "co_code")] for code in forwards]
+    return sorted((c.co_code, str(k), c.co_names) for c, k in zip(forwards, plain, strict=True))
+
+
+def test_families_whose_block_runs_the_code_of_another(name, model):
+    if name in SAME_BLOCK:
+        assert block_code(model) == block_code(FAMILIES[SAME_BLOCK[name]].build())
