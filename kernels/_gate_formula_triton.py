@@ -62,13 +62,17 @@ def compile_formula(formula: Formula) -> Any:
     """A `triton.jit` function of the formula's variables, to be called by a kernel; one for each formula."""
     lines = [f"    v{i} = {_write(*step)}" for i, step in enumerate(formula.steps)]
     body = "\n".join([*lines, f"    return {formula.result}"])
-    source = f"def formula({', '.join(formula.variables)}):\n{body}\n"
+    return jit_source("formula", f"def formula({', '.join(formula.variables)}):\n{body}\n")
+
+
+def jit_source(name: str, source: str, **scope: Any) -> Any:
+    """The `triton.jit` function of that name in `source`, which may use `tl` and what `scope` holds."""
     # Triton reads the source of a function with `inspect`, which asks `linecache`.
-    file = f"<formula_{hashlib.sha256(source.encode()).hexdigest()[:16]}>"
+    file = f"<{name}_{hashlib.sha256(source.encode()).hexdigest()[:16]}>"
     linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
-    scope: dict[str, Any] = {"tl": tl, "__name__": __name__}
+    scope |= {"tl": tl, "__name__": __name__}
     exec(compile(source, file, "exec"), scope)
-    return triton.jit(scope["formula"])
+    return triton.jit(scope[name])
 
 
 @functools.cache

@@ -57,7 +57,7 @@ def masked_moe_triton(call: Call) -> Tensor:
     """
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(call.hidden):
-        return _masked_moe(call, lambda kernel: kernel)
+        return _masked_moe(call, lambda kernel: kernel, architecture(call.hidden.device))
 
 
 def masked_moe_traced(call: Call) -> Tensor:
@@ -65,24 +65,29 @@ def masked_moe_traced(call: Call) -> Tensor:
 
     The number of tokens may be symbolic; which path and which tiles it takes becomes a guard.
     """
-    return _masked_moe(call, torch.library.wrap_triton)
+    return _masked_moe(call, torch.library.wrap_triton, architecture(call.hidden.device))
+
+
+def masked_moe_launched_by(call: Call, wrap: "Wrap", arch: int) -> Tensor:
+    """The same with another way to launch, and tiles for `arch` (80, 90 or 100), which need not be here."""
+    return _masked_moe(call, wrap, arch)
 
 
 # Turns a kernel into what is launched.
 Wrap = Callable[[Any], Any]
 
 
-def _masked_moe(call: Call, wrap: Wrap) -> Tensor:
+def _masked_moe(call: Call, wrap: Wrap, arch: int) -> Tensor:
     if call.scores.numel() == 0:
         return call.hidden.new_zeros(call.hidden.shape[0], call.output_size)
-    return (_few_tokens if is_decode(*call.scores.shape) else _many_tokens)(call, wrap)
+    return (_few_tokens if is_decode(*call.scores.shape) else _many_tokens)(call, wrap, arch)
 
 
-def _few_tokens(call: Call, wrap: Wrap) -> Tensor:
+def _few_tokens(call: Call, wrap: Wrap, arch: int) -> Tensor:
     hidden, num_tokens = call.hidden, call.hidden.shape[0]
     num_pairs = call.scores.numel()
     gate_up, down = _weights(call)
-    tiles = tiles_for_few_tokens(architecture(hidden.device), hidden.dtype)
+    tiles = tiles_for_few_tokens(arch, hidden.dtype)
     ints: dict[str, Any] = {"dtype": torch.int32, "device": hidden.device}
     inner = hidden.new_empty(num_pairs, call.intermediate_size)
     count, listed = torch.empty(1, **ints), torch.empty(num_pairs, **ints)
@@ -137,13 +142,13 @@ def _few_tokens(call: Call, wrap: Wrap) -> Tensor:
     return out
 
 
-def _many_tokens(call: Call, wrap: Wrap) -> Tensor:
+def _many_tokens(call: Call, wrap: Wrap, arch: int) -> Tensor:
     hidden = call.hidden
     num_tokens, num_slots = call.scores.shape
     num_pairs, num_experts = num_tokens * num_slots, call.gate_up.shape[0]
     gate_up, down = _weights(call)
     sizes = hidden.shape[1], call.intermediate_size, call.output_size
-    tiles = choose_tiles(architecture(hidden.device), hidden.dtype, num_pairs, num_experts, *sizes)
+    tiles = choose_tiles(arch, hidden.dtype, num_pairs, num_experts, *sizes)
     experts = {"E": num_experts, "POW2_E": triton.next_power_of_2(num_experts)}
     pairs = dispatch(call, wrap)
 
