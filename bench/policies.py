@@ -56,8 +56,8 @@ def rivals(tuning: Tuning) -> Iterator[Policy]:
     yield modes(tuning.alphas(tuning.code), "MoDES, its code's alpha", "MoDES code")
     yield plain(scales)
     yield gmlg(paper)
-    yield naee(len(blocks))
     yield ser()
+    yield naee(len(blocks))
     yield mc_moe(len(blocks))
     with torch.no_grad():
         yield diep(expert_similarity(blocks, [tuning.hidden[i] for i in range(len(blocks))]))

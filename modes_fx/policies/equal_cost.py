@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from modes_fx.batches import IGNORED, Batch, checked_labels
 from modes_fx.blocks import find_blocks
-from modes_fx.measure import Measured, Meter, answer_logits, evaluating
+from modes_fx.measure import Measured, Meter, answer_logits, bootstrap, evaluating
 from modes_fx.modality import TEXT, VISION
 from modes_fx.policies.policy import Bench, PairRecorder, tune
 from modes_fx.policies.two_thresholds import power, tempered
@@ -46,7 +46,7 @@ _ODDS = 6.0  # greatest logarithm of the kept odds
 # Of so many samples one moves no threshold, but chooses among them.
 _HELD_OUT = 3
 # How far to go from the start to where the costs led.
-_MIXES = (0.0, 0.5, 1.0)
+_MIXES = (0.5, 1.0)
 # Part of the tolerance within which those must meet the skip rate: at 88 %, KL grows by a quarter per point.
 _CLOSE = 0.2
 
@@ -73,8 +73,8 @@ def marginal(
         start_passes: Over all batches, to find the two thresholds and the power of alpha to start from.
         tolerance: How far the measured skip rate may lie from the target.
     Returns:
-        The profile with other alphas and thresholds, method "marginal": those that the costs led to, those
-        half way, or those at the start, whichever measures the least KL on the samples left out.
+        The profile with other alphas and thresholds, method "marginal": those that the costs led to or those
+        half way, if they surely measure less KL on the samples left out than those at the start do.
     Raises:
         SearchError: The target cannot be reached.
     """
@@ -140,9 +140,11 @@ def tune_marginal(
     held = held_out(bench.meter.survey.answer_tokens)
     descent = _Descent(bench, weights, weights.dropped(at_start), target_skip, held)
     descent.run(steps)
+    # At the same skip rate as the others, as nearly.
+    best = _meet(bench, descent, 0.0, target_skip, tolerance) or best
     tries = [_meet(bench, descent, mix, target_skip, tolerance) for mix in _MIXES]
-    if met := [found for found in tries if found is not None]:
-        best = min(met, key=lambda found: kl_of(found.measured, held))
+    surely = [t for t in tries if t is not None and is_surely_less(t.measured, best.measured, held)]
+    best = min(surely, key=lambda found: found.measured.kl, default=best)
     return dataclasses.replace(best, costs=descent.costs, passes=bench.passes - begun)
 
 
@@ -156,10 +158,13 @@ def held_out(answer_tokens: Sequence[int]) -> Flags:
     return held
 
 
-def kl_of(measured: Measured, held: Flags) -> float:
-    """KL of the samples held out, or of all where none are; nats per answer token."""
+def is_surely_less(one: Measured, other: Measured, held: Flags) -> bool:
+    """Whether the KL of `one` is less on the samples held out (on all, where none are), by the 95 % interval
+    of the difference, paired by samples."""
     chosen = held if held.any() else ~held
-    return float(np.array(measured.kl_sums)[chosen].sum() / np.array(measured.answer_tokens)[chosen].sum())
+    differences = (np.array(one.kl_sums) - np.array(other.kl_sums))[chosen]
+    tokens = np.array(one.answer_tokens)[chosen]
+    return bootstrap(differences.tolist(), tokens.tolist(), studentised=True)[1] < 0
 
 
 def _meet(
