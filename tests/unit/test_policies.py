@@ -339,7 +339,11 @@ def test_marginal_follows_the_costs_only_where_that_is_surely_less(model, batche
     asked: list[int] = []
 
     def answer(value: bool) -> Any:
-        return lambda one, other, held: asked.append(int(held.sum())) or value
+        def answered(one: Measured, other: Measured, held: Any) -> bool:
+            asked.append(int(held.sum()))
+            return value
+
+        return answered
 
     monkeypatch.setattr(equal_cost, "is_surely_less", answer(False))
     stayed = tune_marginal(bench, weights, alphas, target, **steps)
