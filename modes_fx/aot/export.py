@@ -18,7 +18,7 @@ from modes_fx.exported import rewrite
 from modes_fx.profile import Profile
 
 DYNAMIC = {"batch": (1, 64), "tokens": (1, 4096), "cache": (1, 8192)}
-_LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tensorrt_rtx")
+_LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tensorrt_rtx", "triton")
 
 
 def export(
@@ -41,7 +41,7 @@ def export(
         inputs: Inputs of a prefill as the model takes them, to trace with, or several such. For a model that
             is to see pictures, with pictures; the vision encoder is exported for each size in any of them.
         path: The folder to write.
-        target: `aoti`, `onnx` or `tensorrt-rtx`; see `modes_fx.aot.targets`.
+        target: `aoti`, `onnx`, `tensorrt-rtx` or `tensorrt`; see `modes_fx.aot.targets`.
         dynamic: Ranges, both ends included, of `batch` (rows of a call), `tokens` (of a prefill) and `cache`
             (tokens that a decode step finds there); what is left out is as in `DYNAMIC`.
         options: Of the target; see `write_programs` in its module.

@@ -73,7 +73,7 @@ class Manifest:
     """See the module's docstring.
 
     Attributes:
-        target: `aoti`, `onnx` or `tensorrt-rtx`.
+        target: `aoti`, `onnx`, `tensorrt-rtx` or `tensorrt`.
         model: Class of the model, for people.
         dtype: Of logits, cache and pictures.
         profile: Digest, thresholds and measured skip rate of the profile whose constants are baked in.

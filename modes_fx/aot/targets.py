@@ -1,8 +1,9 @@
 """What each target writes, and what runs it. A target's module is imported when it is used.
 
-aoti           AOTInductor: compiled code for this machine's kind of processor         needs torch
-onnx           one ONNX file a program, weights beside them                          needs onnxruntime
-tensorrt-rtx   engines for NVIDIA GPUs, built from ONNX files, without a GPU     needs such a GPU to run
+aoti           AOTInductor: compiled code for this machine's kind of processor      needs torch
+onnx           one ONNX file a program, weights beside them                         needs onnxruntime
+tensorrt-rtx   engines for NVIDIA GPUs, built from ONNX files, without a GPU        needs such a GPU to run
+tensorrt       ONNX files and kernels, for engines of NVIDIA GPUs                   needs that GPU to build
 """
 
 import importlib
@@ -18,7 +19,12 @@ from modes_fx.errors import ExportError
 # Tensors in the order of `Program.inputs` -> tensors in the order of `Program.outputs`.
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 
-MODULES = {"aoti": "aoti", "onnx": "onnx_target", "tensorrt-rtx": "tensorrt_rtx"}
+MODULES = {
+    "aoti": "aoti",
+    "onnx": "onnx_target",
+    "tensorrt-rtx": "tensorrt_rtx",
+    "tensorrt": "tensorrt_target",
+}
 INSTALL = {
     "onnx": "pip install onnx onnxscript onnxruntime",
     "onnxscript": "pip install onnx onnxscript onnxruntime",
