@@ -64,18 +64,18 @@ def main() -> None:
                 for row in build(model, profile, inputs, form):
                     rows.append({"case": case, "dtype": dtype, "form": form, **row})
                     print(json.dumps(rows[-1]), flush=True)
-    text = markdown(rows)
-    print(text)
-    if options.record:
-        capabilities = list(tensorrt_rtx.COMPUTE_CAPABILITIES)
-        body: dict[str, Any] = {
-            "machine": machine(),
-            "versions": versions(None),
-            "compute_capabilities": capabilities,
-        }
-        body |= {"tensorrt_rtx": tensorrt_rtx.requires()["tensorrt_rtx"], "dynamic": DYNAMIC, "rows": rows}
-        write_atomically(RESULTS / "export_tensorrt.json", json.dumps(body, indent=1) + "\n")
-        write_atomically(RESULTS / "export_tensorrt.md", text)
+                if options.record:
+                    record(rows)
+    print(markdown(rows))
+
+
+def record(rows: Sequence[dict[str, Any]]) -> None:
+    """Write what there is so far: all takes an hour."""
+    body: dict[str, Any] = {"machine": machine(), "versions": versions(None)}
+    body |= {"tensorrt_rtx": tensorrt_rtx.requires()["tensorrt_rtx"], "dynamic": DYNAMIC}
+    body |= {"compute_capabilities": tensorrt_rtx.COMPUTE_CAPABILITIES, "rows": rows}
+    write_atomically(RESULTS / "export_tensorrt.json", json.dumps(body, indent=1) + "\n")
+    write_atomically(RESULTS / "export_tensorrt.md", markdown(rows))
 
 
 def shipped(dtype: torch.dtype) -> tuple[Any, Profile, list[dict[str, Tensor]]]:

@@ -24,6 +24,7 @@ from torch.fx import Node
 from modes_fx.aot.manifest import Manifest, Program
 from modes_fx.aot.onnx_body import ATTRIBUTES, DOMAIN, DOMAIN_VERSION, Variation, write_function
 from modes_fx.aot.programs import Traced
+from modes_fx.errors import ExportError
 from modes_fx.kernels.masked_moe import Call, masked_moe
 
 WEIGHTS = "weights.bin"
@@ -94,6 +95,11 @@ def write_onnx(traced: Traced, path: Path, weights: "Weights", *, block_rows: in
 
 def open_program(folder: Path, manifest: Manifest, program: Program) -> Any:
     """A session of onnxruntime on the CPU, with as many threads as torch has."""
+    if manifest.dtype == "bfloat16":
+        raise ExportError(
+            f"{folder} is in bfloat16, which onnxruntime does not compute in on a CPU; export the model in "
+            "float32 or float16."
+        )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(

@@ -13,6 +13,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 import modes_fx  # noqa: E402
+from modes_fx.aot.manifest import NAME  # noqa: E402
 from modes_fx.aot.onnx_body import DOMAIN, OPSET  # noqa: E402
 from modes_fx.aot.onnx_target import Weights  # noqa: E402
 from modes_fx.errors import ExportError  # noqa: E402
@@ -113,6 +114,16 @@ def test_what_cannot_be_exported(model, profile, example, tmp_path):
     with pytest.raises(ExportError, match="is no export of modes_fx"):
         modes_fx.export(model, profile, example, tmp_path / "mine", target="onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_bfloat16_is_refused_where_it_would_run(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).hardlink_to(path)
+    text = (tmp_path / NAME).read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"')
+    (tmp_path / NAME).unlink()
+    (tmp_path / NAME).write_text(text)
+    with pytest.raises(ExportError, match=r"is in bfloat16.*export the model in float32 or float16"):
+        modes_fx.load(tmp_path)
 
 
 def test_a_file_is_no_folder(folder):
