@@ -114,10 +114,10 @@ def plugins(tensorrt):
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    """For few tokens and for many, without a modality and with biases; nothing here looks into the PTX."""
-    sizes = {"hidden": (32,), "scores": (4,), "weights": (4,), "experts": (4,)}
+    """For few tokens and for many, with biases; nothing here looks into the PTX."""
+    sizes = {"hidden": (32,), "scores": (4,), "weights": (4,), "experts": (4,), "modality": ()}
     sizes |= {"gate_up": (8, 32, 32), "down": (8, 16, 32), "gate_up_bias": (8, 32), "down_bias": (8, 32)}
-    dtypes = {"scores": "float32", "experts": "int32"}
+    dtypes = {"scores": "float32", "experts": "int32", "modality": "int32"}
     tensors = {name: (dtypes.get(name, "float16"), shape) for name, shape in sizes.items()}
     flags = {"activation": "silu(gate) * up", "interleaved": False, "is_transposed": True}
     flags |= {"weights_on_input": False, "renormalise": True}
@@ -201,31 +201,72 @@ def test_tensorrt_reads_the_table_as_it_is_meant(tensorrt, plugins, registered, 
 
 
 class Network:
-    """An `INetworkDefinition` that notes what is added."""
+    """An `INetworkDefinition` that notes what is added; its tensors are of torch."""
 
     def __init__(self):
-        self.added = []
+        self.read = []
 
     def add_plugin(self, create, aot):
         assert aot
         given, _, _ = create
-        self.added.append(given)
+        self.read.append(given)
         outputs = [torch.empty(0) for _ in range(9)]
         self.last = outputs[0]
         return SimpleNamespace(get_output=outputs.__getitem__)
 
+    def add_shuffle(self, tensor):
+        layer = SimpleNamespace(get_output=lambda _: tensor.reshape(layer.reshape_dims))
+        return layer
 
-def test_a_chain_links_what_is_written_to_what_is_read(tensorrt, plugins, registered, monkeypatch):
-    ((_, chain),) = registered.programs["prefill"]
-    steps = registered.chains[chain]
+
+@pytest.fixture
+def network(tensorrt, registered, monkeypatch):
     monkeypatch.setattr(tensorrt.plugin._lib.PluginDef, "__call__", lambda self, *given: (given, [], self))
+    return Network()
+
+
+def test_a_chain_links_what_is_written_to_what_is_read(plugins, registered, network):
+    ((_, chain),) = registered.programs["prefill"]
     tensors = {name: torch.empty(0) for name in (*registered.kinds[chain].tensors, "thresholds")}
-    network = Network()
-    result = plugins.add_chain(network, steps, tensors)
+    result = plugins.add_chain(network, registered.chains[chain], tensors)
     assert result is network.last
     names = {id(tensor): name for name, tensor in tensors.items()}
-    read = [[names.get(id(tensor), "intermediate") for tensor in given] for given in network.added]
-    assert read == [[n if n in tensors else "intermediate" for n in step.inputs.values()] for step in steps]
+    read = [[names.get(id(tensor), "written") for tensor in given] for given in network.read]
+    steps = registered.chains[chain]
+    assert read == [[n if n in tensors else "written" for n in step.inputs.values()] for step in steps]
+
+
+def test_the_converter_adds_the_chain_of_its_layer(
+    plugins, registered, network, make_problem, small, monkeypatch
+):
+    """Against stand-ins for the five names of torch-tensorrt that it uses."""
+    conversion, utilities = ModuleType("conversion"), ModuleType("converter_utils")
+    found = {}
+    conversion.ConverterPriority = SimpleNamespace(HIGH="high")
+    conversion.dynamo_tensorrt_converter = lambda op, **options: lambda f: found.update({op: f, **options})
+    utilities.get_trt_tensor = lambda ctx, value, name: value
+    utilities.cast_trt_tensor = lambda ctx, value, dtype, name, target: value.to(torch.int32)
+    package = "torch_tensorrt.dynamo.conversion"
+    for name, module in ((package, conversion), (f"{package}.converter_utils", utilities)):
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("torch_tensorrt", "torch_tensorrt.dynamo"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    plugins.add_converter(registered, "decode")
+    assert found["supports_dynamic_shapes"] and found["priority"] == "high"
+    problem = make_problem(small, bias=True)
+    problem["modality"] = problem["modality"].reshape(3, -1)
+    call = Call(**problem, layer="layer")
+    arguments = {name: value for name, value in vars(call).items()}
+    args = [arguments.pop(name) for name in kernel_bundle.TENSORS]
+    context = SimpleNamespace(net=network)
+    convert = found[torch.ops.modes_fx.masked_moe.default]
+    assert convert(context, "op", args, arguments, "node") is network.last
+    gate_up, _ = network.read
+    scores, weights, experts, modality = gate_up[1:5]
+    assert scores is call.scores and weights is call.weights
+    assert experts.dtype == modality.dtype == torch.int32
+    assert torch.equal(experts, call.experts.int())
+    assert torch.equal(modality, problem["modality"].flatten().int())
 
 
 def test_operands_are_laid_out_as_the_kernels_read_them(plugins, make_problem, small):
