@@ -44,6 +44,7 @@ PROGRAMS = ("prefill", "decode")
 # What a build may ask for at most; beyond it the export fails.
 MAX_ACTIVATION_BYTES = 2 << 30
 UNMODIFIED = {"grouped": "grouped_mm", "gathered": "batched_mm", "all": "all_experts"}
+KEYS = ("case", "dtype", "form", "program")
 FORMS = ("skipping", "blocks", *UNMODIFIED)
 
 
@@ -70,12 +71,21 @@ def main() -> None:
 
 
 def record(rows: Sequence[dict[str, Any]]) -> None:
-    """Write what there is so far: all takes an hour."""
+    """Write what there is so far, beside what earlier runs have of other engines: all take half an hour."""
+    path = RESULTS / "export_tensorrt.json"
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    engines = {tuple(row[key] for key in KEYS): row for row in [*before, *rows]}
+    rows = [engines[key] for key in sorted(engines, key=_place)]
     body: dict[str, Any] = {"machine": machine(), "versions": versions(None)}
     body |= {"tensorrt_rtx": tensorrt_rtx.requires()["tensorrt_rtx"], "dynamic": DYNAMIC}
     body |= {"compute_capabilities": tensorrt_rtx.COMPUTE_CAPABILITIES, "rows": rows}
-    write_atomically(RESULTS / "export_tensorrt.json", json.dumps(body, indent=1) + "\n")
-    write_atomically(RESULTS / "export_tensorrt.md", markdown(rows))
+    write_atomically(path, json.dumps(body, indent=1) + "\n")
+    write_atomically(path.with_suffix(".md"), markdown(rows))
+
+
+def _place(key: tuple[str, ...]) -> tuple[Any, ...]:
+    case, dtype, form, program = key
+    return case, dtype, PROGRAMS.index(program), FORMS.index(form)
 
 
 def shipped(dtype: torch.dtype) -> tuple[Any, Profile, list[dict[str, Tensor]]]:

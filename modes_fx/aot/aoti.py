@@ -1,6 +1,6 @@
 """Target `aoti`: AOTInductor packages, machine code for the kind of processor that exported them.
 
-A package calls `modes_fx::masked_moe` as the custom operator it is; `modes_fx.kernels` registers it. Weights
+A package calls `modes_fx::masked_moe` as the custom operator it is, which this module registers. Weights
 lie beside the packages, in one file that they share and that is mapped into memory.
 """
 
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from modes_fx.aot.manifest import Manifest, Program
 from modes_fx.aot.programs import Traced
 from modes_fx.errors import ExportError
-from modes_fx.kernels import masked_moe as _registers_the_operator  # noqa: F401
+from modes_fx.kernels.masked_moe import masked_moe
 
 WEIGHTS = "weights.safetensors"
 # Inductor gives the weights of a package beside its code.
@@ -56,6 +57,7 @@ def write_programs(
     written = {}
     for name, each in traced.items():
         program = Program(f"{name}.pt2", each.inputs, each.outputs)
+        _make_thresholds_finite(each.program)
         args, kwargs = each.program.example_inputs
         with torch.no_grad():
             found = aot_compile(each.program.module(), args, kwargs, options=settings)
@@ -95,6 +97,14 @@ def open_program(folder: Path, manifest: Manifest, program: Program) -> Any:
             return list(loaded(*(tensor.to(device) for tensor in tensors)))
 
     return run
+
+
+def _make_thresholds_finite(program: ExportedProgram) -> None:
+    """Put the largest number for infinity, which the JSON that holds an operator's arguments cannot say."""
+    most = torch.finfo(torch.float32).max
+    for node in program.graph.find_nodes(op="call_function", target=masked_moe):
+        taus = {name: min(node.kwargs[name], most) for name in ("tau_text", "tau_vision")}
+        node.kwargs = {**node.kwargs, **taus}
 
 
 def _store(tensor: Tensor, weights: dict[str, Tensor]) -> tuple[str, list[int], list[int]]:
