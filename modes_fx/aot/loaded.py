@@ -154,15 +154,17 @@ class ExportedModel:
         mask = inputs.pop("attention_mask", None)
         mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
         # The answer to a row that is padded on its right follows its last token.
-        last = (mask.long() * torch.arange(1, mask.shape[1] + 1)).argmax(dim=1)
+        device = mask.device
+        last = (mask.long() * torch.arange(1, mask.shape[1] + 1, device=device)).argmax(dim=1).cpu()
         output = self(attention_mask=mask, **inputs)
-        token = output.logits[torch.arange(len(last)), last].argmax(-1, keepdim=True)
-        ends = torch.tensor(self.manifest.eos_token_ids, dtype=token.dtype, device=token.device)
+        # Engines give logits where they ran, wherever the tokens are.
+        token = output.logits[torch.arange(len(last)), last].argmax(-1, keepdim=True).to(device)
+        ends = torch.tensor(self.manifest.eos_token_ids, dtype=token.dtype, device=device)
         found = [token]
         while len(found) < max_new_tokens and not bool(torch.isin(token, ends).all()):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             output = self(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values)
-            chosen = output.logits[:, -1].argmax(-1, keepdim=True)
+            chosen = output.logits[:, -1].argmax(-1, keepdim=True).to(device)
             token = torch.where(torch.isin(token, ends), token, chosen)
             found.append(token)
         return torch.cat(found, dim=1)
