@@ -9,7 +9,7 @@ from kept_experts import leave_out_dropped
 from policies_samples import of_tasks
 from policies_tried import by_expert, by_phase, first_kept, output_lengths
 from policy_rows import as_found
-from policy_tables import difference, load, save, tables, verdict
+from policy_tables import TEMPERED, difference, load, save, tables, verdict
 
 from modes_fx import demo
 from modes_fx.blocks import find_blocks
@@ -49,7 +49,7 @@ def test_pairs_decide_where_intervals_overlap():
 def test_a_record_and_its_tables(tmp_path):
     generator = np.random.default_rng(0)
     hard = generator.exponential(0.1, 60)
-    rows = [row("marginal", hard.tolist()), row("MoDES", (hard + 0.02).tolist())]
+    rows = [row(TEMPERED, hard.tolist()), row("MoDES", (hard + 0.02).tolist())]
     rows.append({"policy": "NAEE", "rate": 0.83, "unreached": "at most 0.75"})
     record = {"settings": {"passes": 5}, "about": "A model.", "answer_tokens": [2] * 60, "rows": rows}
     save(tmp_path / "record.json", record)
@@ -57,8 +57,9 @@ def test_a_record_and_its_tables(tmp_path):
     assert load(tmp_path / "none.json") == {}
     text = tables(record)
     assert f"| MoDES | {rows[1]['kl']:.5f} worse |" in text
-    assert f"| marginal | {rows[0]['kl']:.5f} |" in text
+    assert f"| {TEMPERED} | {rows[0]['kl']:.5f} |" in text
     assert "+0.01000, +0.01000 to +0.01000" in text
+    assert "| NAEE | not reached |" in text.splitlines()
     assert "| NAEE | not reached | at most 0.75 |" in text
     for line in text.splitlines():
         assert not line.startswith("|") or line.endswith("|")
