@@ -174,8 +174,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         "",
         "`skipping` is ours. The others are the unmodified model: `blocks` is our body with thresholds of "
         "zero; `grouped` transformers' own ONNX form, one product for each expert; `gathered` its "
-        "`batched_mm`, a copy of the weights for each pair; `all` every expert on every token. `layer` is one of "
-        "Qwen3-VL-30B-A3B's sizes.",
+        "`batched_mm`, a copy of the weights for each pair; `all` every expert on every token. `layer` is "
+        "one of Qwen3-VL-30B-A3B's sizes.",
         "",
         "| model | dtype | program | experts | engine (MB) | scratch (MB) | build (s) | layers |",
         "|---|---|---|---|---|---|---|---|",
