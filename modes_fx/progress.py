@@ -1,11 +1,13 @@
 """One progress bar, on standard error, silent where nobody watches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+T = TypeVar("T")
 
 
 class Bar:
@@ -17,6 +19,13 @@ class Bar:
     def step(self, count: int = 1) -> None:
         if self._progress is not None and self._task is not None:
             self._progress.advance(self._task, count)
+
+    def over(self, named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+        """Give each of `named`, and show its name until the next is asked for: a step each."""
+        for name, each in named:
+            self.note(name)
+            yield name, each
+            self.step()
 
     def expect(self, steps: int) -> None:
         """Say how many more steps there are, as far as is known now."""

@@ -49,11 +49,11 @@ def print_export(manifest: "Manifest", folder: Path) -> None:
     """A row per file, what the target reports of it, and what calls it takes."""
     programs = [*manifest.programs.values(), *(picture.program for picture in manifest.pictures)]
     reports = {program.file: manifest.details.get(Path(program.file).stem) for program in programs}
-    table = Table("file", "size (MB)", "report", title=f"{manifest.model} for {manifest.target}")
+    table = Table("file", "size (kB)", "report", title=f"{manifest.model} for {manifest.target}")
     for name, entry in manifest.files.items():
         report = reports.get(name) or {}
         said = ", ".join(f"{key} {value}" for key, value in report.items())
-        table.add_row(name, f"{entry['bytes'] / 1e6:.1f}", said)
+        table.add_row(name, f"{entry['bytes'] / 1e3:,.0f}", said)
     console = Console()
     console.print(table)
     console.print(

@@ -19,6 +19,7 @@ from modes_fx.aot.manifest import Manifest, Program
 from modes_fx.aot.programs import Traced
 from modes_fx.errors import ExportError
 from modes_fx.kernels.masked_moe import masked_moe
+from modes_fx.progress import Bar
 
 WEIGHTS = "weights.safetensors"
 # Inductor gives the weights of a package beside its code.
@@ -39,7 +40,7 @@ def requires() -> dict[str, Any]:
 
 
 def write_programs(
-    folder: Path, traced: dict[str, Traced], options: dict[str, Any]
+    folder: Path, traced: dict[str, Traced], options: dict[str, Any], bar: Bar
 ) -> tuple[dict[str, Program], dict[str, Any]]:
     """Compile every program into `NAME.pt2`, and write `weights.safetensors` for all of them.
 
@@ -55,7 +56,7 @@ def write_programs(
     weights: dict[str, Tensor] = {}
     places: dict[str, Any] = {}
     written = {}
-    for name, each in traced.items():
+    for name, each in bar.over(traced.items()):
         program = Program(f"{name}.pt2", each.inputs, each.outputs)
         _make_thresholds_finite(each.program)
         args, kwargs = each.program.example_inputs

@@ -16,6 +16,7 @@ from modes_fx.aot.targets import module_of
 from modes_fx.errors import ExportError
 from modes_fx.exported import rewrite
 from modes_fx.profile import Profile
+from modes_fx.progress import progress_bar
 
 DYNAMIC = {"batch": (1, 64), "tokens": (1, 4096), "cache": (1, 8192)}
 _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tensorrt_rtx", "triton")
@@ -30,6 +31,7 @@ def export(
     target: str = "aoti",
     dynamic: Mapping[str, tuple[int, int]] | None = None,
     options: Mapping[str, Any] | None = None,
+    progress: bool = True,
 ) -> Manifest:
     """Write a model that skips what the profile drops as a folder of programs; `modes_fx.load` opens it.
 
@@ -45,6 +47,7 @@ def export(
         dynamic: Ranges, both ends included, of `batch` (rows of a call), `tokens` (of a prefill) and `cache`
             (tokens that a decode step finds there); what is left out is as in `DYNAMIC`.
         options: Of the target; see `write_programs` in its module.
+        progress: Show a progress bar on standard error.
     Returns:
         The manifest, with sizes and what the target reports.
     Raises:
@@ -55,20 +58,23 @@ def export(
         profile = Profile.load(profile)
     module = module_of(target)
     folder = _check_folder(Path(path))
-    traced = trace(model, [inputs] if isinstance(inputs, Mapping) else inputs, _sizes(dynamic))
-    programs = {
-        "prefill": _rewritten(traced.prefill, profile),
-        "decode": _rewritten(traced.decode, profile),
-        **{_picture_name(i): picture.traced for i, picture in enumerate(traced.pictures)},
-    }
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
-        partial = Path(name) / folder.name
-        partial.mkdir()
-        written, details = module.write_programs(partial, programs, dict(options or {}))
-        manifest = _manifest(model, profile, traced, target, module, written, details).write(partial)
-        if folder.exists():
-            os.replace(folder, Path(name) / "before")
-        os.replace(partial, folder)
+    with progress_bar("export", None, enabled=progress) as bar:
+        bar.note("tracing")
+        traced = trace(model, [inputs] if isinstance(inputs, Mapping) else inputs, _sizes(dynamic))
+        programs = {
+            "prefill": _rewritten(traced.prefill, profile),
+            "decode": _rewritten(traced.decode, profile),
+            **{_picture_name(i): picture.traced for i, picture in enumerate(traced.pictures)},
+        }
+        bar.expect(len(programs))
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+            partial = Path(name) / folder.name
+            partial.mkdir()
+            written, details = module.write_programs(partial, programs, dict(options or {}), bar)
+            manifest = _manifest(model, profile, traced, target, module, written, details).write(partial)
+            if folder.exists():
+                os.replace(folder, Path(name) / "before")
+            os.replace(partial, folder)
     return manifest
 
 

@@ -7,7 +7,10 @@ lie beside the programs, in one file that they share.
 import functools
 import hashlib
 import inspect
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from modes_fx.aot.onnx_body import ATTRIBUTES, DOMAIN, DOMAIN_VERSION, Variation
 from modes_fx.aot.programs import Traced
 from modes_fx.errors import ExportError
 from modes_fx.kernels.masked_moe import Call, masked_moe
+from modes_fx.progress import Bar
 
 WEIGHTS = "weights.bin"
 # Rows of a block: many tokens fill blocks, of a single one each pair is alone with its expert.
@@ -44,7 +48,7 @@ def requires() -> dict[str, Any]:
 
 
 def write_programs(
-    folder: Path, traced: dict[str, Traced], options: dict[str, Any]
+    folder: Path, traced: dict[str, Traced], options: dict[str, Any], bar: Bar
 ) -> tuple[dict[str, Program], dict[str, Any]]:
     """Write every program as `NAME.onnx`, and `weights.bin` for all of them.
 
@@ -53,12 +57,26 @@ def write_programs(
     """
     weights = Weights(folder / WEIGHTS)
     written = {}
-    for name, each in traced.items():
+    for name, each in bar.over(traced.items()):
         path = folder / f"{name}.onnx"
         rows = BLOCK_ROWS.get(name, 1)
         write_onnx(each, path, weights, block_rows=rows, sparse=options.get("sparse", True))
         written[name] = Program(path.name, each.inputs, each.outputs)
     return written, {}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's exporter says of torchvision, and of its own deprecated calls."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        registration.setLevel(level)
 
 
 def write_onnx(traced: Traced, path: Path, weights: "Weights", *, block_rows: int, sparse: bool) -> None:
@@ -70,9 +88,9 @@ def write_onnx(traced: Traced, path: Path, weights: "Weights", *, block_rows: in
         block_rows: B of the body.
         sparse: The way of the body.
     """
-    program = _with_transposed_experts(traced.program)
     kinds: dict[Variation, str] = {}
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
+        program = _with_transposed_experts(traced.program)
         converted = torch.onnx.export(
             program,
             dynamo=True,

@@ -21,6 +21,7 @@ from modes_fx.aot.manifest import Manifest, Program
 from modes_fx.aot.onnx_target import BLOCK_ROWS, WEIGHTS, Weights, write_onnx
 from modes_fx.aot.programs import Traced
 from modes_fx.errors import ExportError
+from modes_fx.progress import Bar
 
 COMPUTE_CAPABILITIES = ("SM80", "SM89", "SM120")
 
@@ -55,7 +56,7 @@ class Engine:
 
 
 def write_programs(
-    folder: Path, traced: dict[str, Traced], options: dict[str, Any]
+    folder: Path, traced: dict[str, Traced], options: dict[str, Any], bar: Bar
 ) -> tuple[dict[str, Program], dict[str, Any]]:
     """Build every program into `NAME.engine`.
 
@@ -69,7 +70,7 @@ def write_programs(
     limit = options.get("max_activation_bytes")
     written: dict[str, Program] = {}
     details: dict[str, Any] = {"compute_capabilities": list(capabilities)}
-    for name, each in traced.items():
+    for name, each in bar.over(traced.items()):
         shapes = shapes_of(each)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             path = Path(scratch) / f"{name}.onnx"

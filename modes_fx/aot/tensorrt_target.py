@@ -24,6 +24,7 @@ from modes_fx.aot.onnx_target import BLOCK_ROWS, WEIGHTS, Weights, write_onnx
 from modes_fx.aot.programs import Traced
 from modes_fx.aot.tensorrt_onnx import with_plugins, without_uint8
 from modes_fx.errors import ExportError
+from modes_fx.progress import Bar
 
 INSTALL = "pip install 'tensorrt-cu13>=11.1'"
 # Input and dimension whose sizes are brought to buckets, by program.
@@ -36,7 +37,7 @@ def requires() -> dict[str, Any]:
 
 
 def write_programs(
-    folder: Path, traced: dict[str, Traced], options: dict[str, Any]
+    folder: Path, traced: dict[str, Traced], options: dict[str, Any], bar: Bar
 ) -> tuple[dict[str, Program], dict[str, Any]]:
     """Write every program as ONNX in both ways, and the kernels.
 
@@ -56,7 +57,7 @@ def write_programs(
     weights = Weights(folder / WEIGHTS)
     written: dict[str, Program] = {}
     blocks: dict[str, list[tuple[str, Kind]]] = {}
-    for name, each in traced.items():
+    for name, each in bar.over(traced.items()):
         path = folder / f"{name}.onnx"
         write_onnx(each, path, weights, block_rows=BLOCK_ROWS.get(name, 1), sparse=False)
         written[name] = Program(path.name, each.inputs, each.outputs)

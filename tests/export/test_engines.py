@@ -14,6 +14,7 @@ from modes_fx.aot import tensorrt_rtx
 from modes_fx.aot.manifest import Manifest
 from modes_fx.aot.programs import Traced
 from modes_fx.errors import ExportError
+from modes_fx.progress import Bar
 from modes_fx.testing import tiny_profile
 from modes_fx.testing.qwen3_vl_moe import tiny_inputs, tiny_qwen3_vl_moe
 
@@ -59,10 +60,10 @@ def test_more_scratch_memory_than_allowed(monkeypatch, tmp_path):
     traced = {"prefill": Traced(program, ("x",), ("y",))}
     limit = {"max_activation_bytes": 1000}
     with pytest.raises(ExportError, match="prefill engine needs 1001 bytes of scratch memory, more than"):
-        tensorrt_rtx.write_programs(tmp_path, traced, limit)
+        tensorrt_rtx.write_programs(tmp_path, traced, limit, Bar())
     assert not list(tmp_path.iterdir())
     limit["max_activation_bytes"] = 1001
-    tensorrt_rtx.write_programs(tmp_path, traced, limit)
+    tensorrt_rtx.write_programs(tmp_path, traced, limit, Bar())
     assert (tmp_path / "prefill.engine").read_bytes() == b"plan"
 
 

@@ -51,6 +51,7 @@ from modes_fx.kernels._masked_moe_triton_launches import (  # noqa: E402
     record,
 )
 from modes_fx.kernels.masked_moe import Call  # noqa: E402
+from modes_fx.progress import Bar  # noqa: E402
 from modes_fx.skipping import simulate  # noqa: E402
 from modes_fx.testing import tiny_inputs, tiny_profile, tiny_qwen3_vl_moe  # noqa: E402
 
@@ -157,9 +158,9 @@ def test_loading_here_says_what_is_missing(folder):
 
 def test_options_that_do_not_fit(tmp_path):
     with pytest.raises(ExportError, match="takes architectures and buckets, got sparse"):
-        tensorrt_target.write_programs(tmp_path, {}, {"sparse": True})
+        tensorrt_target.write_programs(tmp_path, {}, {"sparse": True}, Bar())
     with pytest.raises(ExportError, match="buckets takes tokens and cache, got batch"):
-        tensorrt_target.write_programs(tmp_path, {}, {"buckets": {"batch": (1,)}})
+        tensorrt_target.write_programs(tmp_path, {}, {"buckets": {"batch": (1,)}}, Bar())
     with pytest.raises(ExportError, match=r"buckets\['tokens'\] must be sizes from 1 to 4096.*\(128, 256\)"):
         check_buckets("tokens", (128, 256), Range(1, 4096))
     with pytest.raises(ExportError, match=r"architectures must be some of \(80, 90, 100\), got \(86,\)"):
