@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modes_fx.kernels import _masked_moe_native
+from modes_fx.kernels.rows_modality import row_keys
 from modes_fx.modality import OTHER, TEXT, VISION
 from modes_fx.passes import PIPELINE, run_passes
+from modes_fx.passes.provide_modality import MODALITY, TABLE_KEYS, TABLE_MODALITY
 from modes_fx.passes.unit import BlockReport, Unit
 from modes_fx.profile import Profile
 from modes_fx.testing.small_block import GATED, UNGATED, SmallBlock, Traits, block_profile, trace_block
@@ -25,12 +27,16 @@ NATIVE = ("silu(gate) * up", "square(relu(x))")
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One block, the constants of its profile, and how it is called."""
+    """One block, the constants of its profile, and how it is called.
+
+    The modality comes from the wrapper, or is read in the graph by the rows of embedded tokens.
+    """
 
     traits: Traits
     constants: dict[str, Any]
     tokens: int
     dynamic: bool
+    by_rows: bool
     seed: int
 
 
@@ -91,18 +97,20 @@ def examples(draw: Any) -> Example:
     tokens = draw(st.integers(0, 40))
     # Symbolic sizes cost the most by far to trace; they stand for two tokens or more.
     dynamic = tokens > 3 and draw(st.integers(0, 7)) == 0
-    return Example(draw(traits()), constants, tokens, dynamic, draw(st.integers(0, 2**31)))
+    by_rows = draw(st.booleans())
+    return Example(draw(traits()), constants, tokens, dynamic, by_rows, draw(st.integers(0, 2**31)))
 
 
-def modality_of(example: Example) -> Tensor:
-    """Of each token; what the profile names no ids for does not come up."""
+def modality_of(example: Example, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of each token, and as a table of rows; what the profile names no ids for does not come up."""
     kinds = [TEXT]
     kinds += [VISION] * bool(example.constants["visual_token_ids"])
     kinds += [OTHER] * bool(example.constants["special_token_ids"])
     generator = torch.Generator().manual_seed(example.seed)
-    return torch.tensor(kinds)[torch.randint(len(kinds), (example.tokens,), generator=generator)].to(
-        torch.uint8
-    )
+    # Equal rows are the same token.
+    keys, places = row_keys(x).unique(return_inverse=True)
+    table = torch.tensor(kinds)[torch.randint(len(kinds), keys.shape, generator=generator)].to(torch.uint8)
+    return table[places], {TABLE_KEYS: keys, TABLE_MODALITY: table}
 
 
 def kept(weights: Tensor, modality: Tensor, profile: Profile) -> Tensor:
@@ -152,15 +160,16 @@ def rewrite_and_compare(example: Example) -> BlockReport:
     block = SmallBlock(example.traits)
     generator = torch.Generator().manual_seed(example.seed)
     x = torch.randn(example.tokens, example.traits.hidden, generator=generator).to(example.traits.dtype)
-    profile, modality = block_profile(block, **example.constants), modality_of(example)
+    profile, (modality, table) = block_profile(block, **example.constants), modality_of(example, x)
     gm, inputs = trace_block(block, x, example.dynamic)
-    unit = Unit(profile, list(inputs))
-    run_passes(gm, unit, PIPELINE)
     *parameters, _ = inputs
+    unit = Unit(profile, list(inputs), embeds=len(parameters) if example.by_rows else None)
+    run_passes(gm, unit, PIPELINE)
     with torch.no_grad():
         for tokens in {example.tokens, example.tokens // 2} if example.dynamic else {example.tokens}:
             part, kinds = x[:tokens], modality[:tokens]
-            got = gm(*parameters, part, *[kinds] * len(unit.extra_inputs))[0]
+            given = {MODALITY: kinds, **table}
+            got = gm(*parameters, part, *(given[name] for name in unit.extra_inputs))[0]
             assert_equals_oracle(block, got, part, kinds, profile)
     (report,) = unit.blocks
     return report
@@ -189,6 +198,7 @@ def test_the_rewritten_block_equals_the_oracle(monkeypatch: pytest.MonkeyPatch) 
         assert report.rewritten, report.reason
         traits = example.traits
         seen.update(["all", traits.dtype, traits.implementation, traits.score, traits.gate])
+        seen.update(["by rows" if example.by_rows else "by the wrapper"])
         seen.update([f"tokens {min(example.tokens, 2)}", "dynamic" if example.dynamic else "static"])
         seen.update("narrowed" if "->" in how else how for how in report.specialised)
 
@@ -211,6 +221,8 @@ def test_the_rewritten_block_equals_the_oracle(monkeypatch: pytest.MonkeyPatch) 
         "tokens 1",
         "tokens 2",
         "dynamic",
+        "by rows",
+        "by the wrapper",
         "no mask",
         "narrowed",
         "deleted",
