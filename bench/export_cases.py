@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from modes_fx import demo
+from modes_fx.aot.loaded import ExportedModel
 from modes_fx.blocks import find_blocks
 from modes_fx.calibration.calibrate import token_ids
 from modes_fx.modality import OTHER
 from modes_fx.profile import Layer, Profile, fingerprint
 from modes_fx.skipping import Counts, simulate
 
+MAX_NEW_TOKENS = 8
 RATES = (0.0, 0.5, 0.83, 1.0)
 TOLERANCE = 0.005
 
@@ -63,3 +65,23 @@ def examples(rows: int = 2) -> list[dict[str, Tensor]]:
     """Inputs to trace with, of so many rows: pictures of both sizes that the suite has."""
     batches = demo.batches("calibration", 26, batch_size=rows)
     return [dict(batches[0].inputs), dict(batches[-1].inputs)]
+
+
+@torch.no_grad()
+def answers_like(
+    model: Any, profile: Profile, program: ExportedModel, questions: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Any]:
+    """An exported model beside the eager one, on the CPU, with dropped pairs at weight zero.
+
+    Gives the largest difference of a logit, and how many greedy answers are the same to the token.
+    """
+    furthest, same = 0.0, 0
+    for inputs in questions:
+        given: Any = inputs
+        with simulate(model, profile):
+            want = model(**given).logits
+            tokens = model.generate(**given, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        furthest = max(furthest, float((program(**given).logits - want).abs().max()))
+        answer = tokens[:, inputs["input_ids"].shape[1] :]
+        same += program.generate(max_new_tokens=MAX_NEW_TOKENS, **given).tolist() == answer.tolist()
+    return {"max_difference": furthest, "same_answers": same}

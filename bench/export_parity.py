@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from export_cases import RATES, TOLERANCE, examples, measured_skip, of_skippable, profile_at
+from export_cases import RATES, TOLERANCE, answers_like, examples, measured_skip, of_skippable, profile_at
 from machine import machine, versions
 from torch import Tensor
 
@@ -26,10 +25,8 @@ import modes_fx
 from modes_fx import demo
 from modes_fx.aot.loaded import load
 from modes_fx.profile import write_atomically
-from modes_fx.skipping import simulate
 
 RESULTS = Path(__file__).parent / "results"
-MAX_NEW_TOKENS = 8
 MOST = 1e-4
 # Code that calls kernels is compiled in no time; the kernels as ever.
 OPTIONS: dict[str, dict[str, Any]] = {"onnx": {}, "aoti": {"aot_inductor.compile_wrapper_opt_level": "O0"}}
@@ -81,27 +78,15 @@ def record(body: dict[str, Any]) -> None:
     write_atomically(path.with_suffix(".md"), markdown(body))
 
 
-@torch.no_grad()
 def compare(
     model: Any, profile: modes_fx.Profile, folder: Path, questions: Sequence[dict[str, Tensor]]
 ) -> dict[str, Any]:
     """Skip rates of the questions, largest difference of logits, and equal answers."""
-    program = load(folder)
     counts = measured_skip(model, profile, questions)
-    furthest, same = 0.0, 0
-    for inputs in questions:
-        given: Any = inputs
-        with simulate(model, profile):
-            want = model(**given).logits
-            tokens = model.generate(**given, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        furthest = max(furthest, float((program(**given).logits - want).abs().max()))
-        answer = tokens[:, inputs["input_ids"].shape[1] :]
-        same += program.generate(max_new_tokens=MAX_NEW_TOKENS, **given).tolist() == answer.tolist()
     return {
         "skip": round(counts.skip(), 4),
         "skip_of_skippable": round(of_skippable(counts), 4),
-        "max_difference": furthest,
-        "same_answers": same,
+        **answers_like(model, profile, load(folder), questions),
     }
 
 

@@ -358,6 +358,19 @@ def check_device(model: nn.Module) -> None:
 
 
 @contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Parameters without gradients, which would take the memory of another model."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; the modes of all modules are put back as they were.
 

@@ -29,7 +29,7 @@ from modes_fx.calibration.distributed import Share
 from modes_fx.calibration.prefix import Prefix, replaced_forwards
 from modes_fx.calibration.state import Journal
 from modes_fx.calibration.weight_scale import measure_scales
-from modes_fx.measure import answer_logits, check_finite
+from modes_fx.measure import answer_logits, check_finite, frozen
 from modes_fx.modality import VISION
 from modes_fx.progress import Bar
 from modes_fx.skipping import Tokens, skip
@@ -103,7 +103,7 @@ def _measure_batch(
 
     hooks = skip(task.model, task.blocks, rule, *task.ids)
     sums = [[0.0] * len(task.variant.dropped) for _ in task.blocks]
-    with _frozen(task.model), torch.enable_grad(), hooks, _recomputed(layers):
+    with frozen(task.model), torch.enable_grad(), hooks, _recomputed(layers):
         handles = [
             block.experts.register_forward_hook(watch.forward_hook)
             for block, watch in zip(task.blocks, watched, strict=True)
@@ -177,19 +177,6 @@ def _cotangent(logits: Tensor, batch: Batch, estimate: Estimate, seed: int) -> T
     noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(p.device)
     scaled = p.sqrt() * noise
     return (scaled - p * scaled.sum(-1, keepdim=True)).to(logits.dtype)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Without gradients of parameters, which nobody asks for."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
 
 
 @contextmanager

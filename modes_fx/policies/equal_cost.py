@@ -14,8 +14,7 @@ The result is a profile like any other, for `alpha * weight < tau` is `weight < 
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from modes_fx.batches import IGNORED, Batch, checked_labels
 from modes_fx.blocks import find_blocks
-from modes_fx.measure import Measured, Meter, answer_logits, bootstrap, evaluating
+from modes_fx.measure import Measured, Meter, answer_logits, bootstrap, evaluating, frozen
 from modes_fx.modality import TEXT, VISION
 from modes_fx.policies.policy import Bench, PairRecorder, tune
 from modes_fx.policies.two_thresholds import power, tempered
@@ -339,7 +338,7 @@ def marginal_costs(
     counted = torch.ones(len(labels), dtype=torch.bool) if rows is None else torch.from_numpy(rows)
     of_tokens = counted[(labels[:, 1:] != IGNORED).nonzero()[:, 0]]
     hooks = skip(meter.model, meter.blocks, factors, *meter.ids)
-    with evaluating(meter.model), _frozen(meter.model), hooks as counts, torch.enable_grad():
+    with evaluating(meter.model), frozen(meter.model), hooks as counts, torch.enable_grad():
         with meter.encoder.for_batch(index):
             logits = answer_logits(meter.model, batch)
         original = meter.original[index].to(logits.device).float().log_softmax(-1)
@@ -362,19 +361,6 @@ def marginal_costs(
 
 def _batch(meter: Meter, index: int) -> Batch:
     return next(itertools.islice(iter(meter.batches), index, None))
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Parameters without gradients, which would take the memory of another model."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def group_rule(limits: Tensor) -> Rule:
